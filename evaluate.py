@@ -1,0 +1,293 @@
+"""Evaluation of a frozen encoder: pooled features once per image and view, a kNN vote, a linear classifier.
+
+`evaluate_subject` runs all of it on one encoder and leaves the result in the run's folder; the parts stand alone above it.
+"""
+
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import augment
+import dataloader
+import model
+import parallel
+import utils
+
+BLOCK = 1 << 24  # numbers in the largest temporary matrix: 64 MB of float32
+
+
+# ----------------------------------------------------------------------------------------------------------------------- features
+
+@contextlib.contextmanager
+def frozen(encoder: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients inside; the modes as they were after. RuntimeError if a parameter or buffer changed by one bit."""
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    modes = [(module, module.training) for module in encoder.modules()]
+    encoder.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+    changed = [name for name, value in encoder.state_dict().items() if not torch.equal(_bits(value), _bits(before[name]))]
+    if changed:
+        raise RuntimeError(f"the frozen encoder changed while its features were read: {', '.join(changed[:3])} ({len(changed)} tensors)")
+
+
+def _bits(value: torch.Tensor) -> torch.Tensor:
+    return value.reshape(-1).view(torch.uint8)  # NaN equals itself here
+
+
+def extract_features(encoder: nn.Module, batches: Iterable[dataloader.Batch], mean: Sequence[float], std: Sequence[float],
+                     device: torch.device, mirror: bool = False, precision: str = "fp32") -> tuple[torch.Tensor, torch.Tensor]:
+    """Features float32 (n, D) and labels (n,), on the CPU, of batches of images; `mirror` gives (2, n, D): the images, then mirrored.
+
+    `encoder` maps (N, 3, H, W) to (N, D). It is used in eval mode and must come out unchanged, bit for bit (RuntimeError).
+    """
+    dtype = next(encoder.parameters()).dtype
+    features, labels = [], []
+    with frozen(encoder):
+        for batch in batches:
+            images = augment.normalize(batch.images.to(device, non_blocking=True), mean, std, dtype=dtype)
+            views = [images, images.flip(-1)] if mirror else [images]
+            with parallel.autocast(precision, device):
+                out = torch.stack([encoder(view) for view in views])  # (1 or 2, N, D)
+            features.append(out.float().cpu())
+            labels.append(batch.labels.cpu())
+    stacked = torch.cat(features, dim=1)
+    return (stacked if mirror else stacked[0]), torch.cat(labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- kNN
+
+@torch.no_grad()
+def knn_accuracy(train_features: torch.Tensor, train_labels: torch.Tensor, test_features: torch.Tensor, test_labels: torch.Tensor,
+                 k: int = 200, temperature: float = 0.07, weighted: bool = True) -> float:
+    """Top-1 in percent of a vote of the k nearest training features by cosine, on the device of `train_features` (n, D).
+
+    A neighbour of similarity s has weight exp(s / temperature) (Wu et al. 2018, arXiv:1805.01978, section 3.4), or 1 if not `weighted`;
+    a draw goes to the lower class. Raises ValueError unless 1 <= k <= n.
+    """
+    if not 1 <= k <= len(train_features):
+        raise ValueError(f"k {k} must be from 1 to the number of training images, {len(train_features)}")
+    device, classes = train_features.device, int(train_labels.max()) + 1
+    bank, bank_labels = F.normalize(train_features, dim=1), train_labels.to(device)
+    hits = 0
+    for rows in torch.arange(len(test_features)).split(max(1, BLOCK // len(bank))):
+        queries = F.normalize(test_features[rows].to(device), dim=1)
+        similarity, nearest = (queries @ bank.T).topk(k, dim=1)
+        # dividing all weights of a row by the largest changes no vote and cannot overflow
+        weights = torch.exp((similarity - similarity[:, :1]) / temperature) if weighted else torch.ones_like(similarity)
+        votes = weights.new_zeros(len(rows), classes).scatter_add_(1, bank_labels[nearest], weights)
+        hits += int((votes.argmax(dim=1).cpu() == test_labels[rows]).sum())
+    return 100.0 * hits / len(test_features)
+
+
+# -------------------------------------------------------------------------------------------------------------- linear classifier
+
+def standardisation(views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (D,) of features (V, n, D); a feature that is constant has deviation 1."""
+    std, mean = torch.std_mean(views.flatten(0, 1), dim=0, correction=0)
+    return mean, torch.where(std > 1e-6 * std.max(), std, torch.ones_like(std))
+
+
+def train_linear(views: torch.Tensor, labels: torch.Tensor, test_features: torch.Tensor, test_labels: torch.Tensor, *,
+                 lrs: Sequence[float], trials: Sequence[int], epochs: int, seed: int = 0, batch_size: int = 256,
+                 rows: torch.Tensor | None = None, momentum: float = 0.9) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Softmax regression on standardised features, for all T trials and L learning rates at once, by SGD with a cosine schedule.
+
+    `views` (V, n, D) are the training features; `rows` restricts the training to some of the n images. An epoch meets each image once, in
+    one of its views drawn at random: the cost of one view with the variety of all. A trial is a number that names its first weights
+    and its order, so a classifier does not depend on what is trained beside it. The last, incomplete batch of an epoch is dropped.
+    Returns weights (T, L, C, D) and biases (T, L, C) for features as they are, not standardised, and top-1 in percent on the test
+    features (m, D) after each epoch (T, L, epochs).
+    """
+    num_views, n, width = views.shape
+    T, L, C, device = len(trials), len(lrs), int(labels.max()) + 1, views.device
+    rows = torch.arange(n) if rows is None else rows.cpu()
+    batch = min(batch_size, len(rows))
+    steps = len(rows) // batch
+    flat, labels, test_features, test_labels = views.reshape(-1, width), labels.to(device), test_features.to(device), test_labels.to(device)
+    mean, std = standardisation(views)
+    inverse = 1 / std
+    first = torch.stack([torch.randn(width, C, generator=utils.generator(seed, "linear weights", t)) for t in trials])
+    weight = 0.01 * first.repeat(1, 1, L).to(flat)                             # T x D x LC
+    bias = torch.zeros(T, 1, L * C).to(flat)                                   # T x 1 x LC
+    weight_velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
+    rates = torch.tensor(lrs, dtype=torch.float64).repeat_interleave(C).to(flat)  # LC
+    accuracy = torch.zeros(T, L, epochs)
+    for epoch in range(epochs):
+        order = torch.stack([_epoch_order(rows, n, num_views, seed, t, epoch) for t in trials]).to(device)
+        for step in range(steps):
+            now = order[:, step * batch:(step + 1) * batch].reshape(-1)
+            x = flat.index_select(0, now).sub_(mean).mul_(inverse).view(T, batch, width)
+            error = torch.baddbmm(bias, x, weight).view(T, batch, L, C).softmax(dim=-1)
+            target = labels[now % n].view(T, batch, 1, 1).expand(T, batch, L, 1)
+            error.scatter_add_(3, target, torch.full_like(error[..., :1], -1.0))  # gradient of the cross-entropy: softmax - one-hot
+            error = error.view(T, batch, L * C) / batch
+            weight_velocity = torch.baddbmm(weight_velocity, x.mT, error, beta=momentum)
+            bias_velocity = momentum * bias_velocity + error.sum(dim=1, keepdim=True)
+            rate = rates * utils.cosine(epoch * steps + step, epochs * steps)
+            weight.sub_(rate * weight_velocity)
+            bias.sub_(rate * bias_velocity)
+        plain = _plain(weight, bias, mean, std, L)
+        accuracy[..., epoch] = _top1(*plain, test_features, test_labels)
+    return *_plain(weight, bias, mean, std, L), accuracy
+
+
+def _epoch_order(rows: torch.Tensor, n: int, num_views: int, seed: int, trial: int, epoch: int) -> torch.Tensor:
+    """The order of an epoch, as rows of the flattened views (V n, D): one view of each image."""
+    random = utils.generator(seed, f"linear order {trial}", epoch)
+    shuffled = rows[torch.randperm(len(rows), generator=random)]
+    return shuffled + n * torch.randint(num_views, (len(rows),), generator=random)
+
+
+def _plain(weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, L: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (T, L, C, D) and biases (T, L, C) for raw features: the standardisation moved into the classifier."""
+    T, D, _ = weight.shape
+    scaled = weight.double() / std.double()[:, None]
+    shifted = bias[:, 0].double() - mean.double() @ scaled
+    return scaled.view(T, D, L, -1).permute(0, 2, 3, 1).to(weight.dtype).contiguous(), shifted.view(T, L, -1).to(weight.dtype)
+
+
+def _top1(weight: torch.Tensor, bias: torch.Tensor, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Top-1 in percent (T, L) of classifiers (T, L, C, D) on features (m, D), in blocks."""
+    T, L, C, D = weight.shape
+    stacked, hits = weight.view(-1, D).T, torch.zeros(T, L, dtype=torch.long, device=features.device)
+    for part in torch.arange(len(features), device=features.device).split(max(1, BLOCK // (T * L * C))):
+        logits = torch.addmm(bias.view(-1), features[part], stacked).view(-1, T, L, C)
+        hits += (logits.argmax(dim=-1) == labels[part, None, None]).sum(dim=0)
+    return 100.0 * hits.cpu() / len(features)
+
+
+def held_out(labels: torch.Tensor, fraction: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices to train on and to choose on, stratified: `fraction` of each class, at least one image; a class of one image stays in training."""
+    labels = labels.cpu()
+    kept, held = [], []
+    for c in labels.unique():
+        members = (labels == c).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=generator)]
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        held.append(members[:count])
+        kept.append(members[count:])
+    return torch.cat(kept), torch.cat(held)
+
+
+def linear_evaluation(views: torch.Tensor, labels: torch.Tensor, test_features: torch.Tensor, test_labels: torch.Tensor, *, epochs: int,
+                      lrs: Sequence[float], trials: int, seed: int = 0, batch_size: int = 256) -> dict[str, Any]:
+    """Top-1 of a linear classifier on frozen features at the last epoch; the test split decides nothing.
+
+    `views` (V, n, D) or (n, D) are training features, `test_features` (m, D). The learning rate is the one with the highest accuracy on a
+    stratified tenth of the training split that the classifiers did not see; then `trials` classifiers are fitted on all of it.
+    Returns linear_top1 (mean over trials, percent), linear_top1_std (sample deviation), trials (top-1 of each), learning_rate, heldout_top1
+    (of each learning rate), accuracy (trials, epochs), weight (trials, C, D) and bias (trials, C) for the features as they are.
+    Raises UserError if there is a choice to make and no class has two images.
+    """
+    views = views if views.dim() == 3 else views[None]
+    options = {"epochs": epochs, "seed": seed, "batch_size": batch_size}
+    heldout: dict[str, float] = {}
+    best = float(lrs[0])
+    if len(lrs) > 1:
+        kept, held = held_out(labels, 0.1, utils.generator(seed, "linear held out"))
+        if not len(held):
+            raise utils.UserError(f"{len(labels)} training images, one for each class, leave none to choose a learning rate on: give one --linear_lrs")
+        _, _, chosen = train_linear(views, labels, views[0, held.to(views.device)], labels[held], lrs=lrs, trials=[0], rows=kept, **options)
+        heldout = {f"{lr:g}": round(float(top1), 4) for lr, top1 in zip(lrs, chosen[0, :, -1])}
+        best = float(lrs[int(chosen[0, :, -1].argmax())])
+    weight, bias, accuracy = train_linear(views, labels, test_features, test_labels, lrs=[best], trials=range(trials), **options)
+    last = [float(top1) for top1 in accuracy[:, 0, -1]]
+    return {"linear_top1": statistics.fmean(last), "linear_top1_std": statistics.stdev(last) if trials > 1 else 0.0, "trials": last,
+            "learning_rate": best, "heldout_top1": heldout, "accuracy": accuracy[:, 0], "weight": weight[:, 0].cpu(), "bias": bias[:, 0].cpu()}
+
+
+# -------------------------------------------------------------------------------------------------------- one encoder, start to end
+
+@dataclass
+class Subject:
+    """An encoder to evaluate, and where its results go: `home`/`stem`."""
+    encoder: nn.Module
+    title: str
+    home: Path
+    stem: str
+    crop: int
+    mean: list[float]
+    std: list[float]
+    record: dict[str, Any]  # what result.json says of it: encoder, arch, checkpoint, epoch, step
+
+
+def load_subject(cfg: SimpleNamespace) -> Subject:
+    """The encoder that the configuration names: a run's checkpoint, a file (`pretrained`), or an untrained one (`encoder` random).
+
+    Raises UserError if the checkpoint does not exist or does not fit, or if `arch` contradicts it.
+    """
+    run = utils.run_folder(cfg.encoder_output_root, cfg.encoder_dataset_name, cfg.encoder_exp_version)
+    untrained = cfg.encoder == "random"
+    if untrained and cfg.pretrained is not None:
+        raise utils.UserError(f"--pretrained {cfg.pretrained!r} and --encoder random contradict each other: give one")
+    path = None
+    if cfg.pretrained is not None:
+        path = Path(cfg.pretrained)
+    elif not untrained or any(run.glob("checkpoints/*.pth.tar")):
+        path = utils.checkpoint_path(run, cfg.load_pretrained_epoch)
+    checkpoint = utils.load_checkpoint(path) if path else {}
+    # what an untrained encoder without a run takes, and a checkpoint without a configuration
+    config = {name: key.default for name, key in utils.config_keys("train").items()} | (checkpoint.get("config") or {})
+    arch = checkpoint.get("arch") or (config["arch"] if cfg.arch == "auto" else cfg.arch)
+    if cfg.arch not in ("auto", arch):
+        raise utils.UserError(f"--arch {cfg.arch} contradicts checkpoint {str(path)!r}, which is a {arch}: leave --arch out")
+    epoch = checkpoint.get("epoch")
+    record = {"encoder": cfg.encoder, "arch": arch, "checkpoint": str(path) if path and not untrained else None,
+              "epoch": None if untrained else epoch, "step": None if untrained else checkpoint.get("step")}
+    if untrained:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(utils.generator(cfg.seed, "untrained encoder").initial_seed())
+            encoder = utils.checked(model.build_encoder, arch)
+    else:
+        encoder = utils.checked(model.encoder_from_state, arch, checkpoint["state_dict"], config["feature_dim"], config["mlp"])
+    title = f"untrained {arch}" if untrained else f"{arch}, epoch {epoch}, {path}"
+    home = Path(cfg.encoder_output_root) / "eval" if cfg.pretrained is not None else run / "eval"
+    stem = "random" if untrained else path.name.removesuffix(".tar").removesuffix(".pth") if cfg.pretrained is not None else f"epoch_{epoch:04d}"
+    return Subject(encoder=model.backbone(encoder), title=title, home=home, stem=stem, crop=config["crop"] if cfg.crop == "auto" else cfg.crop,
+                   mean=config["mean"], std=config["std"], record=record)
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The result.json of a folder, or None where there is none that can be read."""
+    try:
+        return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def data_name(root: str) -> str:
+    """The name of a data set in results: its kind, or for class folders the folder's name. UserError if there is no data."""
+    kind = dataloader.detect(root)
+    return kind if kind not in ("folders", "classes") else Path(root).resolve().name or kind
+
+
+def result_folder(home: Path, stem: str, dataset: str, protocol: str, checkpoint: str | None) -> Path:
+    """`home`/`stem`, or `home`/`stem`-DATASET-PROTOCOL if the first is taken by another data set or protocol.
+
+    Raises UserError if it holds the result of another file of the same name (--pretrained only).
+    """
+    folder = home / stem
+    taken = read_result(folder)
+    if taken and (taken.get("dataset"), taken.get("protocol")) != (dataset, protocol):
+        folder = home / f"{stem}-{dataset}-{protocol}"
+        taken = read_result(folder)
+    other = taken.get("checkpoint") if taken else None
+    if checkpoint and other and home.parent.joinpath("checkpoints") not in Path(checkpoint).parents and Path(other).resolve() != Path(checkpoint).resolve():
+        raise utils.UserError(f"{str(folder)!r} holds the result of {other!r}: rename the file, or choose another --encoder_output_root")
+    return folder

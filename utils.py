@@ -1,0 +1,428 @@
+"""Configuration, random streams, and everything that is written into a run's folder: checkpoints, log, results.
+
+A message for the user is a `UserError` of one line; `main_guard` prints it and exits with status 2.
+"""
+
+import argparse
+import contextlib
+import csv
+import difflib
+import hashlib
+import json
+import os
+import pickle
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+import yaml
+from tqdm import tqdm
+
+CONFIG_FILE = Path(__file__).with_name("config.yaml")
+SECTIONS = {"train": ("train",), "test": ("evaluation",), "visualize": ("evaluation", "figures")}
+CHECKPOINT_FORMAT = 1
+
+
+class UserError(Exception):
+    """What is wrong, with which value, and what to do: one line for the user."""
+
+
+def main_guard(main: Callable[[list[str]], None]) -> None:
+    """Run a script's `main`; a UserError becomes one line on stderr and exit status 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def checked(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Call a function whose ValueErrors are meant for the user."""
+    try:
+        return function(*args, **kwargs)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+# --------------------------------------------------------------------------------------------------------------- random streams
+
+def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
+    """A CPU generator for one purpose at one step; streams are mixed, not added, so that they never overlap."""
+    name = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "little")
+    state = np.random.SeedSequence([seed, name, index]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+# ---------------------------------------------------------------------------------------------------------------- configuration
+
+class _Loader(yaml.SafeLoader):
+    """safe_load in which 1e-4 is a number (YAML 1.1 reads a string) and a key may stand only once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        twice = {str(key) for key in keys if keys.count(key) > 1}
+        if twice:
+            raise UserError(f"the key {', '.join(sorted(twice))} stands twice in a configuration: keep one")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The content of a YAML file (safe loading, no tags); UserError if it cannot be read."""
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"config {str(path)!r} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+class Key:
+    """One key of config.yaml: its default, its comment, and what it accepts."""
+
+    def __init__(self, name: str, default: Any, comment: str) -> None:
+        match = re.match(r"<([^>]*)>\s*(.*)", comment)
+        self.name, self.default, self.help = name, default, match[2] if match else comment
+        self.kind = match[1] if match else "bool" if isinstance(default, bool) else type(default).__name__
+        self.is_list = self.kind.startswith("list ")
+        self.is_bool = self.kind == "bool"
+        self.takes_text = "str" in self.kind.split("|")
+
+    def accepts(self, value: Any) -> Any:
+        """The value in its type; UserError if it is of the wrong type or out of range."""
+        kind = self.kind.removeprefix("list ")
+        if self.is_list:
+            if isinstance(value, (list, tuple)) and value:
+                return [self._one(v, kind) for v in value]
+            raise UserError(f"--{self.name} {value!r} must be a list, such as {self.default}")
+        return self._one(value, kind)
+
+    def _one(self, value: Any, kind: str) -> Any:
+        for alternative in kind.split("|"):
+            word, _, interval = alternative.partition(" ")
+            low, _, high = interval.partition("..")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if word == "int" and number and float(value).is_integer() or word == "float" and number and np.isfinite(value):
+                if (not low or value >= float(low)) and (not high or value <= float(high)):
+                    return int(value) if word == "int" else float(value)
+            elif (word == "str" and isinstance(value, str) and value) or (word == "bool" and isinstance(value, bool)):
+                return value
+            elif (word == "null" and value is None) or (word == value and word not in ("int", "float")):
+                return value
+        raise UserError(f"--{self.name} {value!r} is not valid: it must be {_in_words(kind)}")
+
+
+def _in_words(kind: str) -> str:
+    """What a key accepts, as a sentence part."""
+    words = []
+    for alternative in kind.split("|"):
+        word, _, interval = alternative.partition(" ")
+        low, _, high = interval.partition("..")
+        name = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}.get(word, word)
+        words.append(name + (f" from {low}" if low else "") + (f" to {high}" if high else " up" if low else ""))
+    return " or ".join(words)
+
+
+def config_keys(script: str) -> dict[str, Key]:
+    """The keys that a script (train, test, visualize) reads, from config.yaml, in its order."""
+    tree = read_yaml(CONFIG_FILE)
+    text = CONFIG_FILE.read_text(encoding="utf-8")
+    keys = {}
+    for section in SECTIONS[script]:
+        part = re.split(rf"^{section}:", text, flags=re.MULTILINE)[1]
+        part = re.split(r"^\w", part, flags=re.MULTILINE)[0]
+        comments = dict(re.findall(r"^ +(\w+): [^#\n]*?# (.*)$", part, re.MULTILINE))
+        keys |= {name: Key(name, value, comments.get(name, "")) for name, value in _flat(tree[section]).items()}
+    return keys
+
+
+def _flat(tree: dict) -> dict[str, Any]:
+    """Sections of a configuration merged into one level."""
+    flat = {}
+    for name, value in (tree or {}).items():
+        flat |= _flat(value) if isinstance(value, dict) else {name: value}
+    return flat
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (see --help)")
+
+
+def load_config(script: str, argv: list[str]) -> SimpleNamespace:
+    """The configuration of a script: defaults, then --preset, then --config, then flags; every key checked.
+
+    Raises UserError for an unknown key, flag or preset, and for a value of the wrong type or out of range.
+    """
+    keys = config_keys(script)
+    parser = _Parser(prog=f"python {script}.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120))
+    parser.add_argument("--preset", metavar="NAME", help="a named set of values: " + ", ".join(read_yaml(CONFIG_FILE)["presets"]))
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of values, such as the config.yaml of a run")
+    for key in keys.values():
+        options = {"help": f"{key.help} (default: {' '.join(map(str, key.default)) if key.is_list else key.default})".replace("%", "%%")}
+        if key.is_bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"metavar": key.name.rsplit("_")[-1].upper(), "nargs": "+" if key.is_list else None}
+        parser.add_argument(f"--{key.name}", **options)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), keys, n=1)
+        raise UserError(f"unknown argument {unknown[0]!r}: {f'did you mean --{near[0]}?' if near else 'see --help'}")
+    flags = {name: _from_text(keys[name], value) for name, value in vars(given).items() if name in keys}
+    layers = [_preset(given.preset) if "preset" in given else {}, _flat(_mapping(given.config)) if "config" in given else {}, flags]
+    values = {name: key.default for name, key in keys.items()}
+    for layer, source in zip(layers, ("preset", "config", "flag")):
+        _refuse_unknown(layer, source)
+        values |= {name: value for name, value in layer.items() if name in keys}
+    return SimpleNamespace(**{name: keys[name].accepts(value) for name, value in values.items()})
+
+
+def _from_text(key: Key, value: Any) -> Any:
+    """A flag's text as the value that YAML would give it (text stays text where the key takes text)."""
+    if isinstance(value, list):
+        return [_from_text(key, v) for v in value]
+    if isinstance(value, bool) or (key.takes_text and value != "null"):
+        return value
+    try:
+        return yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        return value
+
+
+def _mapping(path: str) -> dict:
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise UserError(f"config {path!r} holds no keys: write lines such as 'batch_size: 128'")
+    return content
+
+
+def _preset(name: str) -> dict[str, Any]:
+    presets = read_yaml(CONFIG_FILE)["presets"]
+    if name not in presets:
+        raise UserError(f"preset {name!r} is not known: choose one of {', '.join(presets)}")
+    return presets[name]
+
+
+def _refuse_unknown(layer: dict[str, Any], source: str) -> None:
+    """A preset or file may hold keys for any script, but none that no script knows."""
+    known = {name for script in SECTIONS for name in config_keys(script)}
+    for name in layer:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            raise UserError(f"unknown key {name!r} in the {source}: {f'did you mean {near[0]}?' if near else 'config.yaml lists them all'}")
+
+
+def describe(cfg: SimpleNamespace, title: str) -> str:
+    """The resolved configuration, as few lines."""
+    text, lines = [f"{k}={' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in vars(cfg).items()], [f"{title}:"]
+    for item in text:
+        if len(lines) == 1 or len(lines[-1]) + len(item) > 116:
+            lines.append("  " + item)
+        else:
+            lines[-1] += "  " + item
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------- files of a run
+
+def atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file so that a crash at any moment leaves the old one or the new one; UserError if it cannot be written."""
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be written: {error.strerror or error}") from None
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    atomic_write(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
+def write_csv(path: str | Path, header: list[str], rows: Iterable[Iterable[Any]]) -> None:
+    text = "\n".join(",".join(map(str, row)) for row in [header, *rows]) + "\n"
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def read_csv(path: str | Path) -> dict[str, list[float]]:
+    """The columns of a CSV file of numbers; a last line that a crash cut short is left out."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.reader(file)
+            header = next(reader, [])
+            rows = [list(map(float, row)) for row in reader if len(row) == len(header)]
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is damaged: {error}") from None
+    return {name: [row[i] for row in rows] for i, name in enumerate(header)}
+
+
+def write_yaml(path: str | Path, cfg: SimpleNamespace) -> None:
+    text = yaml.safe_dump(vars(cfg), sort_keys=False, default_flow_style=None)
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def run_folder(output_root: str, dataset_name: str, exp_version: str) -> Path:
+    return Path(output_root) / dataset_name / exp_version
+
+
+def prepare_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Create the folder of a run; an earlier run in it is continued (`resume`), deleted (`overwrite`), or an error."""
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other: give one")
+    earlier = [name for name in ("config.yaml", "log.csv", "checkpoints") if (folder / name).exists()]
+    if earlier and not (resume or overwrite):
+        raise UserError(f"{str(folder)!r} holds an earlier run: continue it with --resume, replace it with --overwrite, "
+                        "or name another --exp_version")
+    try:
+        if overwrite:
+            for name in [*earlier, "eval", "loss.png"]:
+                shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink(missing_ok=True)
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{str(folder)!r} cannot be written: {error.strerror}: choose another --output_root") from None
+
+
+def checkpoint_path(folder: Path, epoch: int | None) -> Path:
+    """The checkpoint of an epoch, or the last one; UserError that lists the epochs that exist."""
+    path = folder / "checkpoints" / ("last.pth.tar" if epoch is None else f"epoch_{epoch:04d}.pth.tar")
+    if path.exists():
+        return path
+    epochs = sorted(int(m[1]) for p in folder.glob("checkpoints/epoch_*.pth.tar") if (m := re.match(r"epoch_(\d+)\.", p.name)))
+    if not folder.is_dir():
+        runs = sorted(p.parent.parent.name for p in folder.parent.glob("*/checkpoints/*.pth.tar"))
+        raise UserError(f"there is no run {str(folder)!r}: {'runs there: ' + ', '.join(dict.fromkeys(runs)) if runs else 'train one with train.py'}")
+    what = "last checkpoint" if epoch is None else f"checkpoint of epoch {epoch}"
+    raise UserError(f"{str(folder)!r} has no {what}: it has {'epochs ' + ', '.join(map(str, epochs)) if epochs else 'none'}")
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    atomic_write(path, lambda file: torch.save({"format": CHECKPOINT_FORMAT, **content}, file))
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's content on the CPU, tensors and plain values only (no code runs); UserError if it cannot be used."""
+    try:
+        with open(path, "rb") as file:
+            file.peek(1)
+    except OSError as error:
+        raise UserError(f"checkpoint {str(path)!r} cannot be read: {error.strerror}") from None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        code = "weights_only" in str(error) and "global" in str(error).lower()
+        reason = "it holds pickled code, which is never run" if code else "it is damaged, or no checkpoint"
+        raise UserError(f"checkpoint {str(path)!r} is refused: {reason}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise UserError(f"checkpoint {str(path)!r} has no state_dict: it is not a MoCo checkpoint")
+    if content.get("format", 0) > CHECKPOINT_FORMAT:
+        raise UserError(f"checkpoint {str(path)!r} is of a newer version ({content['format']}) than this code ({CHECKPOINT_FORMAT}): update the code")
+    return content
+
+
+class Log:
+    """log.csv: a row every `log_every` steps, appended; on resume, rows after the checkpoint's step go."""
+
+    def __init__(self, path: Path, header: list[str], step: int) -> None:
+        self.path, self.header = path, header
+        old = read_csv(path) if path.exists() and step else {"step": []}
+        keep = [i for i, s in enumerate(old["step"]) if s <= step]
+        write_csv(path, header, [[f"{old[name][i]:.10g}" for name in header] for i in keep])
+
+    def append(self, row: dict[str, float]) -> None:
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(",".join(f"{row[name]:.10g}" for name in self.header) + "\n")
+        except OSError as error:
+            raise UserError(f"{str(self.path)!r} cannot be written: {error.strerror}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------- what a run shows
+
+def progress(iterable: Iterable, desc: str, total: int | None = None, every_s: float = 20.0) -> Iterator:
+    """A tqdm bar on a terminal; elsewhere a line every `every_s` seconds, and none for what is done sooner."""
+    if sys.stderr.isatty():
+        yield from tqdm(iterable, desc=desc, total=total, leave=False, dynamic_ncols=True)
+        return
+    total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+    start = last = time.monotonic()
+    for done, item in enumerate(iterable):
+        now = time.monotonic()
+        if now - last >= every_s:
+            print(f"{desc}: {done}{f'/{total}' if total else ''} after {now - start:.0f} s", flush=True)
+            last = now
+        yield item
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3 min 5 s, 2 h 10 min, 1 d 3 h."""
+    s = int(seconds + 0.5)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60} s"
+    return f"{s // 3600} h {s % 3600 // 60} min" if s < 86400 else f"{s // 86400} d {s % 86400 // 3600} h"
+
+
+def provenance() -> dict[str, Any]:
+    """What made a result: commit, whether the tree was changed, versions, machine."""
+    def git(*args: str) -> str:
+        try:
+            return subprocess.run(["git", *args], cwd=CONFIG_FILE.parent, capture_output=True, text=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+    return {"commit": git("rev-parse", "--short", "HEAD") or "unknown", "changed": bool(git("status", "--porcelain", "-uno")),
+            "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+
+
+class StopSignal:
+    """SIGTERM, SIGUSR1 and Ctrl-C ask the loop to stop after its step; a second Ctrl-C quits at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: Any) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            os._exit(130)
+        self.received = number
