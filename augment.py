@@ -106,8 +106,7 @@ class Params:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Params:
         """The same on another device; `dtype` converts the real-valued ones."""
-        return self._map(lambda value: value.to(
-            device, dtype if value.is_floating_point() and dtype else value.dtype, non_blocking=True))
+        return self._map(lambda value: _send(value, device, dtype if value.is_floating_point() else None))
 
 
 def draw(aspect: Tensor, recipe: Recipe, generator: torch.Generator) -> Params:
@@ -162,12 +161,12 @@ def augment(images: Tensor, params: Params, recipe: Recipe, dtype: torch.dtype =
         raise ValueError(f"{len(images)} images but parameters for {len(params)}: use params.rows(...)")
     device = images.device
     # Which images are touched is read where the parameters lie, before they move.
-    chosen = {name: getattr(params, name).nonzero().squeeze(1).to(device, non_blocking=True)
+    chosen = {name: _send(getattr(params, name).nonzero().squeeze(1), device)
               for name in ("jitter", "grayscale", "blur")}
     params = params.to(device, dtype)
     steps = {
         "jitter": lambda planes, index: _jitter(planes, params.rows(index), recipe),
-        "grayscale": lambda planes, index: _luma(planes).expand_as(planes),
+        "grayscale": lambda planes, index: _luma(planes).repeat(3, 1, 1, 1),
         "blur": lambda planes, index: _blur(planes, params.sigma[index], recipe.blur_radius),
     }
     with torch.autocast(device.type, enabled=False):
@@ -189,6 +188,11 @@ def normalize(images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequen
     return _standardise(_three(images.transpose(0, 1).to(dtype) / 255), mean, std)
 
 
+def _send(value: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """To a device without waiting for it; back to the CPU one has to wait."""
+    return value.to(device, dtype or value.dtype, non_blocking=torch.device(device).type != "cpu")
+
+
 def _check(images: Tensor, dtype: torch.dtype) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, they must be torch.uint8 (N, 1 or 3, H, W)")
@@ -197,7 +201,7 @@ def _check(images: Tensor, dtype: torch.dtype) -> None:
 
 
 def _standardise(planes: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Planes (3, N, H, W) in [0, 1] -> contiguous (N, 3, H, W). Plain numbers: a tensor of them would wait for the device."""
+    """Planes (3, N, H, W) in [0, 1] -> contiguous (N, 3, H, W), with plain numbers: copying a tensor of them would wait."""
     out = torch.empty_like(planes.transpose(0, 1), memory_format=torch.contiguous_format)
     for c in range(3):
         torch.sub(planes[c], mean[c], out=out[:, c]).div_(std[c])
@@ -212,7 +216,7 @@ def _three(planes: Tensor) -> Tensor:
 
 
 def _boxes(aspect: Tensor, area: Tensor, ratio: Tensor, place: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """RandomResizedCrop's boxes (N, 4): the first of the tries (N, TRIES) that fits, else the largest legal one in the centre.
+    """RandomResizedCrop's boxes (N, 4): the first of the tries (N, TRIES) that fits, else the centre, cut to a legal ratio.
 
     In shares of an image of width a and height 1, a box of area s (times a) and ratio r has width sqrt(s r / a)
     and height sqrt(s a / r). torchvision rounds both to pixels; these boxes are continuous.
@@ -299,7 +303,7 @@ def _hue(planes: Tensor, shift: Tensor) -> Tensor:
     is_red, is_green = value == red, value == green
     turn = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
     turn.div_(torch.where(chroma > 0, chroma, 6).mul_(6))  # grey: 0 / anything
-    turn.add_(torch.where(is_red, 0.0, torch.where(is_green, 1 / 3, 2 / 3).to(turn.dtype))).add_(shift)
+    turn.add_((~is_red).to(turn.dtype).add_(~(is_red | is_green)), alpha=1 / 3).add_(shift)  # from 0, 1/3 or 2/3
     for channel, place in enumerate((0, 1 / 3, 2 / 3)):
         distance = turn - place
         distance.sub_(distance.round()).abs_()

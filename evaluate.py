@@ -5,8 +5,11 @@
 
 import contextlib
 import json
+import math
+import re
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -128,7 +131,7 @@ def train_linear(views: torch.Tensor, labels: torch.Tensor, test_features: torch
     weight_velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
     rates = torch.tensor(lrs, dtype=torch.float64).repeat_interleave(C).to(flat)  # LC
     accuracy = torch.zeros(T, L, epochs)
-    for epoch in range(epochs):
+    for epoch in utils.progress(range(epochs), f"linear classifier ({T * L} at once)"):
         order = torch.stack([_epoch_order(rows, n, num_views, seed, t, epoch) for t in trials]).to(device)
         for step in range(steps):
             now = order[:, step * batch:(step + 1) * batch].reshape(-1)
@@ -139,12 +142,12 @@ def train_linear(views: torch.Tensor, labels: torch.Tensor, test_features: torch
             error = error.view(T, batch, L * C) / batch
             weight_velocity = torch.baddbmm(weight_velocity, x.mT, error, beta=momentum)
             bias_velocity = momentum * bias_velocity + error.sum(dim=1, keepdim=True)
-            rate = rates * utils.cosine(epoch * steps + step, epochs * steps)
+            rate = rates * 0.5 * (1 + math.cos(math.pi * (epoch * steps + step) / (epochs * steps)))
             weight.sub_(rate * weight_velocity)
             bias.sub_(rate * bias_velocity)
         plain = _plain(weight, bias, mean, std, L)
         accuracy[..., epoch] = _top1(*plain, test_features, test_labels)
-    return *_plain(weight, bias, mean, std, L), accuracy
+    return *plain, accuracy
 
 
 def _epoch_order(rows: torch.Tensor, n: int, num_views: int, seed: int, trial: int, epoch: int) -> torch.Tensor:
@@ -216,11 +219,11 @@ def linear_evaluation(views: torch.Tensor, labels: torch.Tensor, test_features: 
 
 @dataclass
 class Subject:
-    """An encoder to evaluate, and where its results go: `home`/`stem`."""
+    """An encoder to evaluate, and where its results go: `home`/`stem`; `foreign`: a file outside of the run."""
     encoder: nn.Module
-    title: str
     home: Path
     stem: str
+    foreign: bool
     crop: int
     mean: list[float]
     std: list[float]
@@ -233,34 +236,59 @@ def load_subject(cfg: SimpleNamespace) -> Subject:
     Raises UserError if the checkpoint does not exist or does not fit, or if `arch` contradicts it.
     """
     run = utils.run_folder(cfg.encoder_output_root, cfg.encoder_dataset_name, cfg.encoder_exp_version)
-    untrained = cfg.encoder == "random"
-    if untrained and cfg.pretrained is not None:
-        raise utils.UserError(f"--pretrained {cfg.pretrained!r} and --encoder random contradict each other: give one")
-    path = None
+    home, untrained, path = run / "eval", cfg.encoder == "random", None
     if cfg.pretrained is not None:
-        path = Path(cfg.pretrained)
+        if untrained or cfg.load_pretrained_epoch is not None:
+            other = "--encoder random" if untrained else f"--load_pretrained_epoch {cfg.load_pretrained_epoch}"
+            raise utils.UserError(f"--pretrained {cfg.pretrained!r} and {other} contradict each other: give one")
+        path, home = Path(cfg.pretrained), Path(cfg.encoder_output_root) / "eval"
     elif not untrained or any(run.glob("checkpoints/*.pth.tar")):
         path = utils.checkpoint_path(run, cfg.load_pretrained_epoch)
     checkpoint = utils.load_checkpoint(path) if path else {}
-    # what an untrained encoder without a run takes, and a checkpoint without a configuration
-    config = {name: key.default for name, key in utils.config_keys("train").items()} | (checkpoint.get("config") or {})
+    # training's defaults serve an untrained encoder that has no run
+    config = {name: key.default for name, key in utils.config_keys("train").items()} | (checkpoint.get("config") or {"seed": cfg.seed})
     arch = checkpoint.get("arch") or (config["arch"] if cfg.arch == "auto" else cfg.arch)
     if cfg.arch not in ("auto", arch):
         raise utils.UserError(f"--arch {cfg.arch} contradicts checkpoint {str(path)!r}, which is a {arch}: leave --arch out")
-    epoch = checkpoint.get("epoch")
-    record = {"encoder": cfg.encoder, "arch": arch, "checkpoint": str(path) if path and not untrained else None,
-              "epoch": None if untrained else epoch, "step": None if untrained else checkpoint.get("step")}
+    epoch = None if untrained else checkpoint.get("epoch")
     if untrained:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(utils.generator(cfg.seed, "untrained encoder").initial_seed())
-            encoder = utils.checked(model.build_encoder, arch)
+        encoder, stem = untrained_encoder(arch, config), "random"
     else:
         encoder = utils.checked(model.encoder_from_state, arch, checkpoint["state_dict"], config["feature_dim"], config["mlp"])
-    title = f"untrained {arch}" if untrained else f"{arch}, epoch {epoch}, {path}"
-    home = Path(cfg.encoder_output_root) / "eval" if cfg.pretrained is not None else run / "eval"
-    stem = "random" if untrained else path.name.removesuffix(".tar").removesuffix(".pth") if cfg.pretrained is not None else f"epoch_{epoch:04d}"
-    return Subject(encoder=model.backbone(encoder), title=title, home=home, stem=stem, crop=config["crop"] if cfg.crop == "auto" else cfg.crop,
-                   mean=config["mean"], std=config["std"], record=record)
+        stem = re.sub(r"(\.(pth|pt|tar))+$", "", path.name) if cfg.pretrained is not None else f"epoch_{epoch:04d}"
+    record = {"encoder": cfg.encoder, "arch": arch, "checkpoint": None if untrained else str(path), "epoch": epoch,
+              "step": None if untrained else checkpoint.get("step")}
+    return Subject(encoder=model.backbone(encoder), home=home, stem=stem, foreign=cfg.pretrained is not None,
+                   crop=config["crop"] if cfg.crop == "auto" else cfg.crop, mean=config["mean"], std=config["std"], record=record)
+
+
+def untrained_encoder(arch: str, config: dict[str, Any]) -> nn.Module:
+    """The encoder that a run of this configuration starts from."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(utils.generator(config["seed"], "weights").initial_seed())
+        return utils.checked(model.build_encoder, arch, config["feature_dim"], config["mlp"])
+
+
+def data_name(root: str) -> str:
+    """The name of a data set in results: its kind, or the folder's name if it is one of class folders. UserError if there is no data."""
+    kind = dataloader.detect(root)
+    return re.sub(r"[^\w.]+", "_", Path(root).resolve().name) or kind if kind in ("folders", "classes") else kind
+
+
+def result_folder(subject: Subject, dataset: str, protocol: str) -> Path:
+    """`home`/`stem`, or `home`/`stem`-DATASET-PROTOCOL if the former holds the result of another data set or protocol.
+
+    Raises UserError if that holds the result of another file of the same name (`pretrained`).
+    """
+    folder = subject.home / subject.stem
+    taken = read_result(folder)
+    if taken and (taken.get("dataset"), taken.get("protocol")) != (dataset, protocol):
+        folder = subject.home / f"{subject.stem}-{dataset}-{protocol}"
+        taken = read_result(folder)
+    old, new = (taken or {}).get("checkpoint"), subject.record["checkpoint"]
+    if subject.foreign and old and Path(old).resolve() != Path(new).resolve():
+        raise utils.UserError(f"{str(folder)!r} holds the result of {old!r}, not of {new!r}: remove it, or choose another --encoder_output_root")
+    return folder
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -271,23 +299,75 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def data_name(root: str) -> str:
-    """The name of a data set in results: its kind, or for class folders the folder's name. UserError if there is no data."""
-    kind = dataloader.detect(root)
-    return kind if kind not in ("folders", "classes") else Path(root).resolve().name or kind
+def settings(cfg: SimpleNamespace, subject: Subject) -> dict[str, Any]:
+    """What two results must share to be the same measurement, apart from the data set and the number of trials."""
+    names = ("protocol", "linear_epochs", "linear_lrs", "linear_batch_size", "linear_mirror", "precision", "seed")
+    return {name: getattr(cfg, name) for name in names} | {"crop": subject.crop, "asked_resize": cfg.resize} | subject.record
 
 
-def result_folder(home: Path, stem: str, dataset: str, protocol: str, checkpoint: str | None) -> Path:
-    """`home`/`stem`, or `home`/`stem`-DATASET-PROTOCOL if the first is taken by another data set or protocol.
+def evaluate_subject(cfg: SimpleNamespace, subject: Subject) -> tuple[Path, dict[str, Any], torch.Tensor]:
+    """kNN and linear accuracy of an encoder on `cfg.dataset_root`, left in its result folder.
 
-    Raises UserError if it holds the result of another file of the same name (--pretrained only).
+    Returns that folder, what result.json holds, and the linear accuracy (trials, epochs). Raises UserError for unfit data or settings.
     """
-    folder = home / stem
-    taken = read_result(folder)
-    if taken and (taken.get("dataset"), taken.get("protocol")) != (dataset, protocol):
-        folder = home / f"{stem}-{dataset}-{protocol}"
-        taken = read_result(folder)
-    other = taken.get("checkpoint") if taken else None
-    if checkpoint and other and home.parent.joinpath("checkpoints") not in Path(checkpoint).parents and Path(other).resolve() != Path(checkpoint).resolve():
-        raise utils.UserError(f"{str(folder)!r} holds the result of {other!r}: rename the file, or choose another --encoder_output_root")
-    return folder
+    start = time.monotonic()
+    if cfg.dataset_root is None:
+        raise utils.UserError("--dataset_root is missing: give labelled images, or the word shapes for the built-in data set")
+    device = utils.checked(parallel.pick_device, cfg.device)
+    precision = utils.checked(parallel.pick_precision, cfg.precision, device)
+    train, test = (dataloader.open_dataset(cfg.dataset_root, split, view="center", resize=cfg.resize, crop=subject.crop, download=cfg.download)
+                   for split in ("train", "test"))
+    folder = result_folder(subject, data_name(cfg.dataset_root), cfg.protocol)
+    check_writable(folder)
+    k = min(cfg.knn_k, len(train))
+    if k < cfg.knn_k:
+        print(f"warning: --knn_k {cfg.knn_k} is more than the {len(train)} training images: k = {k}", file=sys.stderr)
+    print(f"data     {train.name}: {len(train):,} training and {len(test):,} test images, {len(train.classes)} classes, "
+          f"shorter side {train.resize} px, crop {subject.crop} px ({device}, {precision})", flush=True)
+    encoder = subject.encoder.to(device=device, dtype=parallel.precision_dtype(precision), memory_format=torch.channels_last)
+    views, labels = dataset_features(encoder, train, cfg, subject, device, precision, mirror=cfg.linear_mirror)
+    test_features, test_labels = dataset_features(encoder, test, cfg, subject, device, precision, mirror=False)
+    views = views.to(device) if cfg.linear_mirror else views[None].to(device)
+    knn = knn_accuracy(views[0], labels, test_features, test_labels, k=k, temperature=cfg.knn_temperature, weighted=cfg.knn_weighted)
+    linear = linear_evaluation(views, labels, test_features, test_labels, epochs=cfg.linear_epochs, lrs=cfg.linear_lrs,
+                               trials=cfg.trials, seed=cfg.seed, batch_size=cfg.linear_batch_size)
+    scores = {name: linear[name] for name in ("linear_top1", "linear_top1_std", "trials", "learning_rate", "heldout_top1")}
+    result = {"linear_top1": scores.pop("linear_top1"), "knn_top1": knn, **scores, "knn_k": k, "knn_temperature": cfg.knn_temperature,
+              "knn_weighted": cfg.knn_weighted, "dataset": data_name(cfg.dataset_root), "dataset_root": cfg.dataset_root,
+              "train_images": len(train), "test_images": len(test), "classes": len(train.classes), "resize": train.resize,
+              **settings(cfg, subject), "seconds": round(time.monotonic() - start, 1), "provenance": utils.provenance()}
+    save_results(folder, result, linear, train.classes)
+    return folder, result, linear["accuracy"]
+
+
+def check_writable(folder: Path) -> None:
+    """UserError now, before the work, if the folder could not be made or written; leaves nothing behind."""
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise utils.UserError(f"{str(folder)!r} cannot be written: {error.strerror}: choose another --encoder_output_root") from None
+
+
+def dataset_features(encoder: nn.Module, dataset: Any, cfg: SimpleNamespace, subject: Subject, device: torch.device, precision: str,
+                     mirror: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`extract_features` of a whole data set in its order; UserError if the features are not finite."""
+    order = list(torch.arange(len(dataset)).split(cfg.eval_batch_size))
+    loader = dataloader.iterate(dataset, order, num_workers=cfg.num_workers, failures=dataloader.Failures(len(dataset)))
+    batches = utils.progress(loader, "features", total=len(order))
+    features, labels = extract_features(encoder, batches, subject.mean, subject.std, device, mirror=mirror, precision=precision)
+    if not features.isfinite().all():
+        raise utils.UserError(f"the features of {subject.record['checkpoint']} are not finite: its training diverged; choose an earlier epoch")
+    return features, labels
+
+
+def save_results(folder: Path, result: dict[str, Any], linear: dict[str, Any], classes: list[str]) -> None:
+    """accuracy.csv, linear.pth.tar, and result.json last: where it stands, the others are complete."""
+    (folder / "result.json").unlink(missing_ok=True)
+    rows = [(epoch, trial, f"{top1:.4f}") for trial, curve in enumerate(linear["accuracy"].tolist(), 1) for epoch, top1 in enumerate(curve, 1)]
+    utils.write_csv(folder / "accuracy.csv", ["epoch", "trial", "top1"], rows)
+    classifier = {"weight": linear["weight"], "bias": linear["bias"], "classes": list(classes)}  # (trials, C, D), (trials, C)
+    classifier |= {name: result[name] for name in ("arch", "checkpoint", "epoch", "dataset", "learning_rate")}
+    utils.atomic_write(folder / "linear.pth.tar", lambda file: torch.save(classifier, file))
+    utils.write_json(folder / "result.json", result)

@@ -142,7 +142,7 @@ def two_views(batch: dataloader.Batch, recipe: augment.Recipe, cfg: SimpleNamesp
     images, dtype = batch.images.to(device, non_blocking=True), parallel.precision_dtype(cfg.precision)
     views = []
     for stream in streams:
-        params = augment.draw(batch.aspect, recipe, utils.generator(cfg.seed, stream, step)).to(device)
+        params = augment.draw(batch.aspect, recipe, utils.generator(cfg.seed, stream, step))
         views.append(augment.augment(images, params, recipe, dtype).contiguous(memory_format=torch.channels_last))
     return views
 

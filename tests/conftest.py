@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in parallel, and start scripts of their own
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests, the same numbers, on every machine
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 

@@ -1,0 +1,415 @@
+"""Data sets, the order of samples, and loaders. What a data set is, the content of its folder says (`detect`).
+
+A data set gives batches of uint8 images of one size, so that the augmentation runs batched on the device:
+
+    view "square"   each image squeezed to resize x resize, with its original aspect ratio: random views are cut from it
+    view "center"   shorter side to `resize`, centre crop of `crop`: for evaluation
+
+`open_dataset(...)` has `name`, `classes`, `labels` (n,) (-1: unlabelled), `native` (side of a set of fixed size, else None), `resize`,
+`len()`, and `fetch(indices) -> Batch`.
+"""
+
+import gzip
+import math
+import os
+import signal
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+import utils
+from utils import UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
+FASHION_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+SHAPE_CLASSES = ["stripes", "checks", "dots", "rings", "bricks", "waves", "grid", "crosses", "zigzag", "triangles"]
+SHAPE_SIDE, SHAPE_COUNT = 40, {"pretrain": 5000, "train": 5000, "test": 1000}
+STL_SIDE, STL_FILES = 96, {"pretrain": "unlabeled", "train": "train", "test": "test"}
+
+
+@dataclass
+class Batch:
+    """Images uint8 (n, 1 or 3, S, S), original width / height (n,), labels (n,), and the paths of files that were replaced."""
+
+    images: Tensor
+    aspect: Tensor
+    labels: Tensor
+    failed: list[str]
+
+    def to(self, device: torch.device) -> "Batch":
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in ("images", "aspect", "labels")})
+
+    def pin_memory(self) -> "Batch":
+        return replace(self, images=self.images.pin_memory())
+
+
+class Failures:
+    """Images of a run that could not be read: each named once; more than 1 % of the data set is a UserError."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.paths = total, []
+
+    def add(self, paths: list[str]) -> None:
+        for path in dict.fromkeys(paths):
+            if path in self.paths:
+                continue
+            self.paths.append(path)
+            if len(self.paths) <= 10:
+                print(f"warning: {path!r} cannot be read as an image: another one takes its place", file=sys.stderr, flush=True)
+        if len(self.paths) > 0.01 * self.total:
+            share = 100 * len(self.paths) / self.total
+            raise UserError(f"{len(self.paths)} of {self.total} images ({share:.1f} %) cannot be read, first {self.paths[0]!r}: "
+                            "remove or repair them (up to 1 % are replaced)")
+
+
+# ----------------------------------------------------------------------------------------------------------------- what is there
+
+def detect(root: str) -> str:
+    """What the folder holds: shapes (the word), stl10, fashion_mnist, folders (train/ + val|test/) or classes; UserError for none of them."""
+    if root == "shapes":
+        return "shapes"
+    path = Path(root)
+    if not path.is_dir():
+        raise UserError(f"--dataset_root {root!r} is no folder: give one with class folders, train/ and val/, STL-10 (or --download it), "
+                        "Fashion-MNIST idx files, or the word shapes")
+    if (path / "stl10_binary").is_dir() or any((path / f"{name}_X.bin").exists() for name in STL_FILES.values()):
+        return "stl10"
+    if any(path.glob("*-images-idx3-ubyte*")):
+        return "fashion_mnist"
+    if (path / "train").is_dir():
+        return "folders"
+    if any(_images_in(folder, first=True) for folder in _class_folders(path)):
+        return "classes"
+    if any(entry.name.lower().endswith(EXTENSIONS) for entry in os.scandir(path)):
+        raise UserError(f"--dataset_root {root!r} holds images but no class folders: put them into sub-folders, one a class (one is enough for pretraining)")
+    raise UserError(f"--dataset_root {root!r} holds no images that are known here ({', '.join(EXTENSIONS)} in class folders)")
+
+
+def resolve_resize(resize: int | str, crop: int, native: int | None, purpose: str) -> int:
+    """The side of the stored image, in px. `auto`: for pretraining 2 x crop, for evaluation 8/7 x crop, at most the native side.
+
+    Raises UserError for a side smaller than the crop, unless the data set itself is smaller.
+    """
+    if resize == "auto":
+        side = 2 * crop if purpose == "pretrain" else round(crop * 8 / 7)
+        side = side if native is None else min(side, native)
+        return side if purpose == "pretrain" else max(side, crop)
+    if resize < crop and (native is None or native >= crop or resize < native):
+        raise UserError(f"--resize {resize} is smaller than --crop {crop}: use at least {crop}, or auto")
+    return max(int(resize), crop) if purpose != "pretrain" else int(resize)
+
+
+def open_dataset(root: str, split: str, *, view: str, resize: int | str, crop: int, download: bool = False) -> "ArrayImages | FolderImages":
+    """A split (pretrain, train or test) of the data set in `root`; see the head of this file. UserError if it is not there or not sound."""
+    if download:
+        _download_stl10(root)
+    kind = detect(root)
+    path = Path(root)
+    if kind == "shapes":
+        return ArrayImages(kind, *make_shapes(SHAPE_COUNT[split], seed=1 if split == "test" else 0), SHAPE_CLASSES, view, resize, crop)
+    if kind == "stl10":
+        return ArrayImages(kind, *_read_stl10(path, split), view, resize, crop)
+    if kind == "fashion_mnist":
+        images, labels = (_read_idx(path, f"{'t10k' if split == 'test' else 'train'}-{part}") for part in ("images-idx3", "labels-idx1"))
+        if len(images) != len(labels):
+            raise UserError(f"{root!r}: {len(images)} images but {len(labels)} labels: the files do not belong together")
+        return ArrayImages(kind, images[:, None], labels.astype(np.int64), FASHION_CLASSES, view, resize, crop)
+    if kind == "classes" and split != "pretrain":
+        raise UserError(f"--dataset_root {root!r} holds class folders only: an evaluation needs train/ and val/ (or test/) with class folders")
+    return FolderImages(kind, *_list_folders(path, kind, split), view, resize, crop)
+
+
+# ------------------------------------------------------------------------------------------------------- sets of one size, in arrays
+
+class ArrayImages:
+    """Images of one size, in an array or a memory map (n, C, S, S)."""
+
+    paths = None
+    in_memory = True
+
+    def __init__(self, name: str, images: np.ndarray, labels: np.ndarray, classes: list[str], view: str, resize: int | str, crop: int) -> None:
+        self.name, self.images, self.classes, self.view, self.crop = name, images, classes, view, crop
+        self.labels, self.native = torch.from_numpy(labels), images.shape[-1]
+        self.resize = resolve_resize(resize, crop, self.native, "pretrain" if view == "square" else "evaluate")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fetch(self, indices: Tensor) -> Batch:
+        images = torch.from_numpy(np.ascontiguousarray(self.images[indices.numpy()]))
+        if self.resize != self.native:
+            images = TF.resize(images, [self.resize, self.resize], antialias=True)
+        if self.view == "center":
+            images = TF.center_crop(images, [self.crop, self.crop])
+        return Batch(images, torch.ones(len(indices)), self.labels[indices], [])
+
+
+def _read_stl10(root: Path, split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """STL-10's official binary files: per image three planes of 96 x 96, each column by column; labels from 1 (0: none)."""
+    folder = root / "stl10_binary" if (root / "stl10_binary").is_dir() else root
+    name, image_bytes = STL_FILES[split], 3 * STL_SIDE * STL_SIDE
+    size = _size(folder / f"{name}_X.bin", "STL-10")
+    if size == 0 or size % image_bytes:
+        raise UserError(f"{str(folder / f'{name}_X.bin')!r} has {size} bytes, not a multiple of {image_bytes}: it is cut short, fetch it again")
+    stored = np.memmap(folder / f"{name}_X.bin", dtype=np.uint8, mode="r").reshape(-1, 3, STL_SIDE, STL_SIDE)
+    labels = np.full(len(stored), -1, dtype=np.int64)
+    if split != "pretrain":
+        _size(folder / f"{name}_y.bin", "STL-10")
+        labels = np.fromfile(folder / f"{name}_y.bin", dtype=np.uint8).astype(np.int64) - 1
+        if len(labels) != len(stored) or not ((0 <= labels) & (labels < 10)).all():
+            raise UserError(f"{str(folder / f'{name}_y.bin')!r} does not hold a label from 1 to 10 for each of {len(stored)} images: fetch it again")
+    names = folder / "class_names.txt"
+    classes = names.read_text().split() if names.exists() else [str(i) for i in range(1, 11)]
+    return stored.transpose(0, 1, 3, 2), labels, classes
+
+
+def _size(path: Path, name: str) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        raise UserError(f"{name} is incomplete: {str(path)!r} is missing (fetch it with --download)") from None
+
+
+def _download_stl10(root: str) -> None:
+    try:
+        torchvision.datasets.STL10(root, split="train", download=True)
+    except Exception as error:  # torchvision raises what urllib, tarfile and the disk raise
+        raise UserError(f"STL-10 cannot be fetched into {root!r}: {' '.join(str(error).split())[:160]}") from None
+
+
+def _read_idx(root: Path, name: str) -> np.ndarray:
+    """An idx file of unsigned bytes (Yann LeCun's format), `.gz` or not."""
+    path = next((root / f"{name}-ubyte{end}" for end in ("", ".gz") if (root / f"{name}-ubyte{end}").exists()), None)
+    if path is None:
+        raise UserError(f"{str(root)!r} has no {name}-ubyte or {name}-ubyte.gz: Fashion-MNIST has four such files")
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error}: fetch it again") from None
+    dims = 3 if "idx3" in name else 1
+    shape = np.frombuffer(data[4:4 + 4 * dims], dtype=">i4").tolist() if len(data) >= 4 + 4 * dims else []
+    if data[:4] != bytes([0, 0, 8, dims]) or len(data) != 4 + 4 * dims + math.prod(shape):
+        raise UserError(f"{str(path)!r} is no idx file of bytes with {dims} dimensions, or is cut short ({len(data)} bytes): fetch it again")
+    return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * dims).reshape(shape)
+
+
+def make_shapes(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The built-in set: n images (n, 3, 40, 40) of ten texture families, with their labels (n,); the same numbers, the same images.
+
+    Orientation, scale, phase and polarity are random: what the augmentations change, or what a crop hides. There is
+    no colour, noise level or light of an image's own, which would name the instance and spare the network the texture.
+    """
+    random = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 10
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(n, 1, 1, generator=random)
+
+    centred = torch.arange(SHAPE_SIDE) - (SHAPE_SIDE - 1) / 2
+    y, x = torch.meshgrid(centred, centred, indexing="ij")
+    angle, period, phase_u, phase_v, polarity = uniform(0, 2 * math.pi), uniform(7, 12), uniform(0, 1), uniform(0, 1), uniform(0, 1) < 0.5
+    u = (x * angle.cos() + y * angle.sin()) / period + phase_u
+    v = (y * angle.cos() - x * angle.sin()) / period + phase_v
+    images = torch.empty(n, SHAPE_SIDE, SHAPE_SIDE)
+    for label in range(10):
+        mine = labels == label
+        images[mine] = torch.sigmoid(12 * _texture(SHAPE_CLASSES[label], u[mine], v[mine]))
+    images = torch.where(polarity, 1 - images, images)
+    pixels = (20 + 215 * images).to(torch.uint8)[:, None].expand(n, 3, SHAPE_SIDE, SHAPE_SIDE)
+    order = torch.randperm(n, generator=random)
+    return pixels[order].numpy(), labels[order].numpy()
+
+
+def _texture(name: str, u: Tensor, v: Tensor) -> Tensor:
+    """A texture as a field that is positive in its figure, over coordinates in which it repeats with period 1."""
+    turn = 2 * math.pi
+    cell_u, cell_v = u - u.floor() - 0.5, v - v.floor() - 0.5  # within a cell, from its centre
+    radius = (cell_u ** 2 + cell_v ** 2).sqrt()
+    shifted = u + 0.5 * (v.floor() % 2)
+    brick = shifted - shifted.floor() - 0.5
+    near, far = torch.minimum(cell_u.abs(), cell_v.abs()), torch.maximum(cell_u.abs(), cell_v.abs())
+    return {"stripes": lambda: 0.5 * torch.sin(turn * u),
+            "checks": lambda: 0.7 * torch.sin(turn * u) * torch.sin(turn * v),
+            "dots": lambda: 2 * (0.30 - radius),
+            "rings": lambda: 3 * (0.10 - (radius - 0.32).abs()),
+            "bricks": lambda: 3 * (torch.minimum(0.5 - brick.abs(), 0.5 - cell_v.abs()) - 0.09),
+            "waves": lambda: 0.5 * torch.sin(turn * (u + 0.3 * torch.sin(turn * 0.75 * v))),
+            "grid": lambda: 3 * (far - 0.39),
+            "crosses": lambda: 3 * (0.13 - near * torch.where(far < 0.38, 1.0, 9.0)),
+            "zigzag": lambda: 0.5 * torch.sin(turn * (u + 1.2 * cell_v.abs())),
+            "triangles": lambda: cell_u + cell_v}[name]()
+
+
+# ------------------------------------------------------------------------------------------------------------- folders of images
+
+class FolderImages:
+    """Images in class folders, decoded when asked for; an unreadable one is replaced by the next of the data set that can be read."""
+
+    native = None
+    in_memory = False
+
+    def __init__(self, name: str, paths: list[str], labels: list[int], classes: list[str], view: str, resize: int | str, crop: int) -> None:
+        self.name, self.classes, self.view, self.crop = name, classes, view, crop
+        self.paths, self.labels = Paths(paths), torch.tensor(labels)
+        self.resize = resolve_resize(resize, crop, None, "pretrain" if view == "square" else "evaluate")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        return self.fetch(indices)
+
+    def fetch(self, indices: Tensor) -> Batch:
+        side = self.resize if self.view == "square" else self.crop
+        images, aspect, labels = np.zeros((len(indices), side, side, 3), np.uint8), torch.ones(len(indices)), self.labels[indices]
+        failed: list[str] = []
+        for row, first in enumerate(indices.tolist()):
+            for index in range(first, first + len(self) // 100 + 2):  # further on, the 1 % of Failures is passed
+                path = self.paths[index % len(self)]
+                try:
+                    images[row], aspect[row] = self.decode(path)
+                    labels[row] = self.labels[index % len(self)]
+                    break
+                except Exception:  # whatever a decoder raises on bytes from anywhere
+                    failed.append(path)
+        return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), aspect, labels, failed)
+
+    def decode(self, path: str) -> tuple[np.ndarray, float]:
+        """A file as uint8 (S, S, 3), and its original width / height (1 after a centre crop)."""
+        with Image.open(path) as image:
+            width, height = image.size
+            if self.view == "square":
+                image.draft(None, (self.resize, self.resize))  # JPEG: the smallest DCT scale that is no smaller
+                turned = image.getexif().get(0x0112, 1) >= 5
+                pixels = as_rgb(ImageOps.exif_transpose(image)).resize((self.resize, self.resize), Image.Resampling.BILINEAR)
+                return np.asarray(pixels), height / width if turned else width / height
+            scale = self.resize / min(width, height)
+            image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))
+            image = as_rgb(ImageOps.exif_transpose(image))
+            width, height = image.size
+            half = min(width, height) * self.crop / self.resize / 2
+            box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
+            return np.asarray(image.resize((self.crop, self.crop), Image.Resampling.BILINEAR, box=box)), 1.0
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as 8-bit RGB: 16-bit grey is scaled, transparency dropped."""
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.float64) / 257
+        return Image.fromarray(grey.clip(0, 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        grey = np.nan_to_num(np.asarray(image))
+        return Image.fromarray((grey * (255 if grey.max() <= 1 else 1)).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+class Paths:
+    """A list of paths as one block of bytes: millions of strings would be copied into every worker process, page by page."""
+
+    def __init__(self, paths: list[str]) -> None:
+        encoded = [os.fsencode(path) for path in paths]
+        self.ends = np.cumsum([0, *map(len, encoded)])
+        self.block = np.frombuffer(b"".join(encoded), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self.block[self.ends[index]:self.ends[index + 1]].tobytes())
+
+
+def _list_folders(root: Path, kind: str, split: str) -> tuple[list[str], list[int], list[str]]:
+    """Paths, labels and class names of a split of class folders; UserError if its classes do not fit those of the other split."""
+    folder = root
+    if kind == "folders":
+        test = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+        if split != "pretrain" and test is None:
+            raise UserError(f"--dataset_root {str(root)!r} has train/ but no val/ or test/: an evaluation needs both")
+        if split != "pretrain":
+            names = [{path.name for path in _class_folders(part)} for part in (root / "train", test)]
+            if names[0] != names[1]:
+                raise UserError(f"train/ and {test.name}/ in {str(root)!r} have different classes: only one of them has {', '.join(sorted(names[0] ^ names[1])[:5])}")
+        folder = test if split == "test" else root / "train"
+    classes = _class_folders(folder)
+    if not classes:
+        raise UserError(f"{str(folder)!r} has no class folders: put its images into sub-folders, one a class")
+    paths, labels = [], []
+    for label, part in enumerate(utils.progress(classes, "listing images")):
+        found = _images_in(part)
+        if not found:
+            raise UserError(f"the class folder {str(part)!r} has no images: remove it, or fill it")
+        paths += found
+        labels += [label] * len(found)
+    return paths, labels, [part.name for part in classes]
+
+
+def _class_folders(root: Path) -> list[Path]:
+    return sorted(Path(entry.path) for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _images_in(folder: Path, first: bool = False) -> list[str]:
+    """All image files below a folder, sorted; links are followed, but no folder is entered twice. `first`: one is enough."""
+    found, seen = [], set()
+    for where, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [os.path.join(where, name) for name in sorted(files) if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+        if first and found:
+            break
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- order and loading
+
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """The permutation of n samples of an epoch: a function of (seed, epoch) alone."""
+    return torch.randperm(n, generator=utils.generator(seed, "order", epoch))
+
+
+def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, start: int = 0) -> list[Tensor]:
+    """The batches of indices of an epoch, without the last, incomplete one, from batch `start` on."""
+    order = epoch_order(n, seed, epoch)
+    return list(order[:n // batch_size * batch_size].split(batch_size))[start:]
+
+
+def iterate(dataset: ArrayImages | FolderImages, batches: Iterable[Tensor], *, num_workers: int, failures: Failures) -> Iterator[Batch]:
+    """The batches in their order, whatever the number of worker processes; UserError for too many failures or a worker that died."""
+    if dataset.in_memory or num_workers == 0:
+        loader: Iterable[Batch] = map(dataset.fetch, batches)
+    else:
+        loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=batches, num_workers=num_workers, prefetch_factor=4,
+                                             worker_init_fn=_start_worker, pin_memory=torch.cuda.is_available())
+    iterator = iter(loader)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError("a process that decodes images was killed, most likely for want of memory: use fewer --num_workers") from None
+        failures.add(batch.failed)
+        yield batch
+
+
+def _start_worker(_: int) -> None:
+    """Workers take one core each and leave signals to the main process."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

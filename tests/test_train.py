@@ -1,0 +1,209 @@
+"""train.py as users run it: in a process of its own, on miniature data."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from data import write_folders
+
+import train
+import utils
+
+ROOT = Path(train.__file__).parent
+TINY = ["--arch=resnet18", "--crop=16", "--resize=16", "--feature_dim=8", "--num_keys=48", "--batch_size=16", "--bn_groups=2",
+        "--num_workers=0", "--log_every=2", "--device=cpu", "--precision=fp32"]
+
+
+def run(script: str, *flags: object, cwd: Path = ROOT, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], cwd=cwd, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def pretrain(root: Path, out: Path, *flags: object) -> subprocess.CompletedProcess:
+    return run("train.py", f"--dataset_root={root}", f"--output_root={out}", *TINY, *flags)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 classes x 20 images: 5 steps of 16 an epoch."""
+    root = tmp_path_factory.mktemp("folders")
+    write_folders(root, classes=4, train=20, test=5, size=20)
+    return root
+
+
+def state(out: Path, name: str = "IMAGENET-64/v1", file: str = "last.pth.tar") -> dict:
+    return utils.load_checkpoint(out / name / "checkpoints" / file)
+
+
+def assert_same_run(a: dict, b: dict) -> None:
+    assert a["step"] == b["step"]
+    for name, value in a["state_dict"].items():
+        assert torch.equal(value, b["state_dict"][name]), name
+    for i, buffers in a["optimizer"]["state"].items():
+        assert torch.equal(buffers["momentum_buffer"], b["optimizer"]["state"][i]["momentum_buffer"])
+
+
+def test_a_run_writes_what_it_promises(folders: Path, tmp_path: Path):
+    done = pretrain(folders, tmp_path, "--max_epoch=3", "--save_weight_epoch=2", "--shuffle_bn")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "IMAGENET-64" / "v1"
+    assert sorted(p.name for p in folder.iterdir()) == ["checkpoints", "config.yaml", "log.csv", "loss.png"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["epoch_0002.pth.tar", "epoch_0003.pth.tar", "last.pth.tar"]
+    log = utils.read_csv(folder / "log.csv")
+    assert list(log) == train.LOG_COLUMNS and log["step"] == [2, 4, 6, 8, 10, 12, 14, 15] and log["epoch"] == [1, 1, 2, 2, 2, 3, 3, 3]
+    assert all(0 < loss < 20 for loss in log["loss"]) and all(0 <= hit <= 100 for hit in log["contrast_top1"])
+    checkpoint = state(tmp_path)
+    assert {"epoch", "step", "arch", "state_dict", "optimizer", "config"} <= set(checkpoint)
+    assert (checkpoint["epoch"], checkpoint["step"], checkpoint["arch"]) == (3, 15, "resnet18")
+    assert all(name.startswith("module.") for name in checkpoint["state_dict"]) and "auto" not in checkpoint["config"].values()
+    assert checkpoint["state_dict"]["module.encoder_q.bn1.num_batches_tracked"] == 15
+    assert "configuration:" in done.stdout and "num_keys=48" in done.stdout
+    assert str(folder) in done.stdout
+
+
+def test_same_seed_same_curve_whatever_the_workers_and_another_seed_another(folders: Path, tmp_path: Path):
+    for name, flags in (("a", []), ("b", ["--num_workers=2"]), ("c", ["--seed=1"])):
+        done = pretrain(folders, tmp_path / name, "--max_epoch=1", "--shuffle_bn", *flags)
+        assert done.returncode == 0, done.stderr
+    assert_same_run(state(tmp_path / "a"), state(tmp_path / "b"))
+    assert not torch.equal(state(tmp_path / "a")["state_dict"]["module.queue"], state(tmp_path / "c")["state_dict"]["module.queue"])
+
+
+def test_stopped_and_resumed_is_the_run_that_never_stopped(folders: Path, tmp_path: Path):
+    flags = ["--max_epoch=40", "--shuffle_bn", "--save_weight_epoch=100"]
+    whole = pretrain(folders, tmp_path / "whole", *flags)
+    assert whole.returncode == 0, whole.stderr
+    command = [sys.executable, "train.py", f"--dataset_root={folders}", f"--output_root={tmp_path / 'cut'}", *TINY, *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "cut" / "IMAGENET-64" / "v1" / "log.csv"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 3):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "saved; continue with --resume" in out
+    assert 0 < state(tmp_path / "cut")["step"] < 200
+    again = pretrain(folders, tmp_path / "cut", *flags, "--resume", "--num_workers=2")
+    assert again.returncode == 0 and "resumed after step" in again.stdout, again.stderr
+    assert_same_run(state(tmp_path / "whole"), state(tmp_path / "cut"))
+    ours, theirs = (utils.read_csv(tmp_path / name / "IMAGENET-64" / "v1" / "log.csv") for name in ("whole", "cut"))
+    assert all(ours[column] == theirs[column] for column in ("step", "epoch", "loss", "contrast_top1", "lr"))
+
+
+def test_an_earlier_run_is_never_overwritten_unasked(folders: Path, tmp_path: Path):
+    assert pretrain(folders, tmp_path, "--max_epoch=1").returncode == 0
+    before = (tmp_path / "IMAGENET-64/v1/log.csv").read_bytes()
+    again = pretrain(folders, tmp_path, "--max_epoch=1")
+    assert_one_line_error(again, "--resume", "--overwrite")
+    assert (tmp_path / "IMAGENET-64/v1/log.csv").read_bytes() == before
+    changed = pretrain(folders, tmp_path, "--max_epoch=2", "--resume", "--lr=0.5", "--temperature=0.1")
+    assert_one_line_error(changed, "lr 0.03 -> 0.5", "temperature 0.07 -> 0.1")
+    assert pretrain(folders, tmp_path, "--max_epoch=2", "--resume").returncode == 0
+    assert state(tmp_path)["epoch"] == 2
+    assert pretrain(folders, tmp_path, "--max_epoch=1", "--overwrite").returncode == 0
+    assert state(tmp_path)["epoch"] == 1
+
+
+def test_resume_in_an_empty_folder_starts_afresh_and_says_so(folders: Path, tmp_path: Path):
+    done = pretrain(folders, tmp_path, "--max_epoch=1", "--resume")
+    assert done.returncode == 0 and "a fresh start" in done.stdout
+
+
+@pytest.mark.parametrize("flags", [["--mlp", "--aug_plus", "--cosine"], ["--momentum=0"], ["--queue_init=random", "--bn_groups=1"], ["--precision=bf16"],
+                                   ["--precision=fp64"], ["--arch=resnext50_32x4d"]])
+def test_variants_train(folders: Path, tmp_path: Path, flags: list[str]):
+    done = pretrain(folders, tmp_path, "--max_epoch=1", "--crop=32", "--resize=32", *flags)
+    assert done.returncode == 0, done.stderr
+    final = state(tmp_path)["state_dict"]
+    if "--momentum=0" in flags:  # M0: at the last forward pass, the key encoder was the query encoder
+        names = [n for n, _ in torch.nn.Module.named_parameters(train.MoCo("resnet18", 8, 48).encoder_k)]
+        log = utils.read_csv(tmp_path / "IMAGENET-64/v1/log.csv")
+        assert names and len(log["step"]) == 3
+    assert all(torch.isfinite(v).all() for v in final.values() if v.is_floating_point())
+    if "--precision=fp64" in flags:
+        assert final["module.encoder_q.conv1.weight"].dtype == final["module.queue"].dtype == torch.float64
+
+
+def test_shuffling_matters_with_groups_and_not_without(folders: Path, tmp_path: Path):
+    ends = {}
+    for groups in (1, 2):
+        for flag in ("--shuffle_bn", "--no-shuffle_bn"):
+            out = tmp_path / f"{groups}{flag}"
+            done = pretrain(folders, out, "--max_epoch=1", f"--bn_groups={groups}", "--precision=fp64", flag)
+            assert done.returncode == 0 and ("no effect" in done.stderr) == (groups == 1 and flag == "--shuffle_bn"), done.stderr
+            ends[groups, flag] = state(out)["state_dict"]["module.encoder_q.conv1.weight"]
+    difference = {g: (ends[g, "--shuffle_bn"] - ends[g, "--no-shuffle_bn"]).abs().max().item() for g in (1, 2)}
+    assert difference[1] < 1e-9 and difference[2] > 1e-6
+
+
+@pytest.mark.parametrize("cosine, moments", [(False, {0: 1, 119.9: 1, 120: 0.1, 159.9: 0.1, 160: 0.01}), (True, {0: 1, 100: 0.5, 200: 0})])
+def test_learning_rate(cosine: bool, moments: dict[float, float]):
+    cfg = utils.load_config("train", ["--cosine"] if cosine else [])
+    for epoch, factor in moments.items():
+        assert train.learning_rate(cfg, epoch) == pytest.approx(0.03 * factor, abs=1e-12)
+
+
+def assert_one_line_error(done: subprocess.CompletedProcess, *parts: str) -> None:
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), (done.returncode, done.stderr)
+    assert all(part in lines[0] for part in parts), lines[0]
+
+
+@pytest.mark.parametrize("flags, parts", [
+    (["--dataset_root=/nowhere"], ["/nowhere"]), (["--num_keys=1000"], ["--num_keys 1000", "80"]), (["--batch_size=100", "--num_keys=8"], ["--batch_size 100"]),
+    (["--batch_size=16", "--bn_groups=9"], ["batch_size 16", "--bn_groups 8"]), (["--momentum=1.5"], ["--momentum 1.5"]), (["--preset=M7"], ["M7", "M3"]),
+    (["--arch=vgg11"], ["vgg11", "resnet50"]), (["--device=cuda"], ["cuda", "--device cpu"]), (["--device=tpu9"], ["tpu9"]), (["--resize=12"], ["12", "16"]),
+    (["--crop_scale", "0.9", "0.2"], ["crop_scale"]), (["--mean", "0.5"], ["--mean"])])
+def test_bad_input_is_one_line_and_leaves_nothing(folders: Path, tmp_path: Path, flags: list[str], parts: list[str]):
+    done = pretrain(folders, tmp_path / "out", *flags)
+    assert_one_line_error(done, *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_dataset_root_is_one_line(tmp_path: Path):
+    assert_one_line_error(run("train.py", f"--output_root={tmp_path}"), "--dataset_root", "shapes")
+
+
+@pytest.mark.parametrize("content, parts", [("empty", ["no"]), ("flat", ["folder"]), ("text", ["no"])])
+def test_folders_without_a_data_set(tmp_path: Path, content: str, parts: list[str]):
+    root = tmp_path / "data"
+    write_folders(tmp_path / "real", classes=1, train=3, test=1, size=8)
+    root.mkdir()
+    if content == "flat":
+        for image in (tmp_path / "real").rglob("*.png"):
+            image.rename(root / image.name)
+    if content == "text":
+        (root / "notes.txt").write_text("no images here")
+    assert_one_line_error(pretrain(root, tmp_path / "out"), str(root), *parts)
+
+
+def test_no_write_permission_is_one_line(folders: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("a file where a folder should be")
+    assert_one_line_error(pretrain(folders, tmp_path / "file"), "cannot be written")
+
+
+def test_a_broken_image_is_reported_once_and_too_many_stop_the_run(tmp_path: Path):
+    write_folders(tmp_path / "data", classes=2, train=64, test=2, size=16)
+    images = sorted((tmp_path / "data" / "train").rglob("*.png"))
+    images[5].write_bytes(images[5].read_bytes()[:40])
+    one = pretrain(tmp_path / "data", tmp_path / "one", "--max_epoch=2")
+    assert one.returncode == 0 and one.stderr.count(str(images[5])) == 1
+    for image in images[10:14]:
+        image.write_bytes(b"not an image")
+    assert_last_line_is_error(pretrain(tmp_path / "data", tmp_path / "many", "--max_epoch=2"), "of 128 images")
+
+
+def assert_last_line_is_error(done: subprocess.CompletedProcess, part: str) -> None:
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and part in done.stderr.splitlines()[-1]
+
+
+def test_a_loss_that_is_not_finite_stops_before_a_checkpoint(folders: Path, tmp_path: Path):
+    done = pretrain(folders, tmp_path, "--max_epoch=20", "--lr=1e38")
+    assert_last_line_is_error(done, "not finite")
+    assert not os.listdir(tmp_path / "IMAGENET-64/v1/checkpoints")
