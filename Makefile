@@ -12,7 +12,8 @@ demo: .venv/installed
 	$(RUN) train.py --preset demo --overwrite && \
 	$(RUN) test.py --preset demo && \
 	$(RUN) test.py --preset demo --encoder random && \
-	$(RUN) visualize.py --preset demo --time_since $$start
+	$(RUN) visualize.py --preset demo && \
+	echo "demo     $$(( $$(date +%s) - start )) s without the installation"
 
 test: .venv/installed-dev
 	$(RUN) -m pytest -n auto

@@ -9,11 +9,15 @@ A data set gives batches of uint8 images of one size, so that the augmentation r
 `len()`, and `fetch(indices) -> Batch`.
 """
 
+import contextlib
 import gzip
 import math
 import os
+import re
 import signal
 import sys
+import threading
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -22,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
@@ -33,6 +37,10 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", 
 FASHION_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 SHAPE_CLASSES = ["stripes", "checks", "dots", "rings", "bricks", "waves", "grid", "crosses", "zigzag", "triangles"]
 SHAPE_SIDE, SHAPE_COUNT = 40, {"pretrain": 5000, "train": 5000, "test": 1000}
+TURN = Image.Transpose
+EXIF_TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE, 6: TURN.ROTATE_270, 7: TURN.TRANSVERSE,
+              8: TURN.ROTATE_90}
+QUARTER_TURNS = (TURN.TRANSPOSE, TURN.ROTATE_270, TURN.TRANSVERSE, TURN.ROTATE_90)
 STL_SIDE, STL_FILES = 96, {"pretrain": "unlabeled", "train": "train", "test": "test"}
 
 
@@ -56,16 +64,18 @@ class Failures:
     """Images of a run that could not be read: each named once; more than 1 % of the data set is a UserError."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.paths = total, []
+        self.total, self.paths, self._known = total, [], set()
 
     def add(self, paths: list[str]) -> None:
-        for path in dict.fromkeys(paths):
-            if path in self.paths:
+        for path in paths:
+            if path in self._known:
                 continue
+            self._known.add(path)
             self.paths.append(path)
             if len(self.paths) <= 10:
-                print(f"warning: {path!r} cannot be read as an image: another one takes its place", file=sys.stderr, flush=True)
-        if len(self.paths) > 0.01 * self.total:
+                more = " (further ones are only counted)" if len(self.paths) == 10 else ""
+                print(f"warning: {path!r} cannot be read as an image: another one takes its place{more}", file=sys.stderr, flush=True)
+        if 100 * len(self.paths) > self.total:
             share = 100 * len(self.paths) / self.total
             raise UserError(f"{len(self.paths)} of {self.total} images ({share:.1f} %) cannot be read, first {self.paths[0]!r}: "
                             "remove or repair them (up to 1 % are replaced)")
@@ -85,11 +95,11 @@ def detect(root: str) -> str:
         return "stl10"
     if any(path.glob("*-images-idx3-ubyte*")):
         return "fashion_mnist"
-    if (path / "train").is_dir():
+    if (path / "train").is_dir() and (_test_folder(path) or _class_folders(path / "train")):  # a class, too, may be called train
         return "folders"
     if any(_images_in(folder, first=True) for folder in _class_folders(path)):
         return "classes"
-    if any(entry.name.lower().endswith(EXTENSIONS) for entry in os.scandir(path)):
+    if any(name.lower().endswith(EXTENSIONS) for name in os.listdir(path)):
         raise UserError(f"--dataset_root {root!r} holds images but no class folders: put them into sub-folders, one a class (one is enough for pretraining)")
     raise UserError(f"--dataset_root {root!r} holds no images that are known here ({', '.join(EXTENSIONS)} in class folders)")
 
@@ -111,7 +121,7 @@ def resolve_resize(resize: int | str, crop: int, native: int | None, purpose: st
 def open_dataset(root: str, split: str, *, view: str, resize: int | str, crop: int, download: bool = False) -> "ArrayImages | FolderImages":
     """A split (pretrain, train or test) of the data set in `root`; see the head of this file. UserError if it is not there or not sound."""
     if download:
-        _download_stl10(root)
+        _fetch_stl10(root)
     kind = detect(root)
     path = Path(root)
     if kind == "shapes":
@@ -122,6 +132,8 @@ def open_dataset(root: str, split: str, *, view: str, resize: int | str, crop: i
         images, labels = (_read_idx(path, f"{'t10k' if split == 'test' else 'train'}-{part}") for part in ("images-idx3", "labels-idx1"))
         if len(images) != len(labels):
             raise UserError(f"{root!r}: {len(images)} images but {len(labels)} labels: the files do not belong together")
+        if labels.max(initial=0) >= len(FASHION_CLASSES):
+            raise UserError(f"{root!r} has a label {labels.max()}: Fashion-MNIST's are from 0 to 9")
         return ArrayImages(kind, images[:, None], labels.astype(np.int64), FASHION_CLASSES, view, resize, crop)
     if kind == "classes" and split != "pretrain":
         raise UserError(f"--dataset_root {root!r} holds class folders only: an evaluation needs train/ and val/ (or test/) with class folders")
@@ -159,14 +171,14 @@ def _read_stl10(root: Path, split: str) -> tuple[np.ndarray, np.ndarray, list[st
     name, image_bytes = STL_FILES[split], 3 * STL_SIDE * STL_SIDE
     size = _size(folder / f"{name}_X.bin", "STL-10")
     if size == 0 or size % image_bytes:
-        raise UserError(f"{str(folder / f'{name}_X.bin')!r} has {size} bytes, not a multiple of {image_bytes}: it is cut short, fetch it again")
+        raise UserError(f"{str(folder / f'{name}_X.bin')!r} has {size} bytes, not a multiple of {image_bytes}: it is cut short, fetch it again (--download)")
     stored = np.memmap(folder / f"{name}_X.bin", dtype=np.uint8, mode="r").reshape(-1, 3, STL_SIDE, STL_SIDE)
     labels = np.full(len(stored), -1, dtype=np.int64)
     if split != "pretrain":
         _size(folder / f"{name}_y.bin", "STL-10")
         labels = np.fromfile(folder / f"{name}_y.bin", dtype=np.uint8).astype(np.int64) - 1
         if len(labels) != len(stored) or not ((0 <= labels) & (labels < 10)).all():
-            raise UserError(f"{str(folder / f'{name}_y.bin')!r} does not hold a label from 1 to 10 for each of {len(stored)} images: fetch it again")
+            raise UserError(f"{str(folder / f'{name}_y.bin')!r} does not hold a label from 1 to 10 for each of {len(stored)} images: fetch it again (--download)")
     names = folder / "class_names.txt"
     classes = names.read_text().split() if names.exists() else [str(i) for i in range(1, 11)]
     return stored.transpose(0, 1, 3, 2), labels, classes
@@ -179,9 +191,14 @@ def _size(path: Path, name: str) -> int:
         raise UserError(f"{name} is incomplete: {str(path)!r} is missing (fetch it with --download)") from None
 
 
-def _download_stl10(root: str) -> None:
+def _fetch_stl10(root: str) -> None:
+    """Download STL-10 (2.6 GB) unless it is there, or another data set is."""
+    folder = Path(root).parent if Path(root).name == "stl10_binary" else Path(root)
+    with contextlib.suppress(UserError):
+        if detect(root) != "stl10":
+            return
     try:
-        torchvision.datasets.STL10(root, split="train", download=True)
+        torchvision.datasets.STL10(folder, split="train", download=True)  # checks what is there first
     except Exception as error:  # torchvision raises what urllib, tarfile and the disk raise
         raise UserError(f"STL-10 cannot be fetched into {root!r}: {' '.join(str(error).split())[:160]}") from None
 
@@ -265,8 +282,8 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, indices: Tensor) -> Batch:
-        return self.fetch(indices)
+    def __getitem__(self, indices: list[int]) -> Batch:
+        return self.fetch(torch.tensor(indices))
 
     def fetch(self, indices: Tensor) -> Batch:
         side = self.resize if self.view == "square" else self.crop
@@ -285,20 +302,30 @@ class FolderImages:
 
     def decode(self, path: str) -> tuple[np.ndarray, float]:
         """A file as uint8 (S, S, 3), and its original width / height (1 after a centre crop)."""
-        with Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")  # Pillow's, on odd metadata of images that it reads well
             width, height = image.size
+            turn = _orientation(image)
             if self.view == "square":
                 image.draft(None, (self.resize, self.resize))  # JPEG: the smallest DCT scale that is no smaller
-                turned = image.getexif().get(0x0112, 1) >= 5
-                pixels = as_rgb(ImageOps.exif_transpose(image)).resize((self.resize, self.resize), Image.Resampling.BILINEAR)
-                return np.asarray(pixels), height / width if turned else width / height
-            scale = self.resize / min(width, height)
-            image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))
-            image = as_rgb(ImageOps.exif_transpose(image))
-            width, height = image.size
-            half = min(width, height) * self.crop / self.resize / 2
-            box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
-            return np.asarray(image.resize((self.crop, self.crop), Image.Resampling.BILINEAR, box=box)), 1.0
+                pixels = as_rgb(image).resize((self.resize, self.resize), Image.Resampling.BILINEAR)
+                aspect = height / width if turn in QUARTER_TURNS else width / height
+            else:
+                scale = self.resize / min(width, height)
+                image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))
+                width, height = image.size
+                half = min(width, height) * self.crop / self.resize / 2
+                box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
+                pixels, aspect = as_rgb(image).resize((self.crop, self.crop), Image.Resampling.BILINEAR, box=box), 1.0
+        return np.asarray(pixels if turn is None else pixels.transpose(turn)), aspect  # turning last, when it is small
+
+
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    """What brings a photograph upright, by its EXIF tag; None if there is nothing to do, or nothing legible."""
+    try:
+        return EXIF_TURNS.get(image.getexif().get(0x0112))
+    except Exception:  # broken metadata do not make the picture unreadable
+        return None
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -309,8 +336,10 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         grey = np.nan_to_num(np.asarray(image))
         return Image.fromarray((grey * (255 if grey.max() <= 1 else 1)).clip(0, 255).round().astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
+    if image.mode == "LAB":
+        return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB")
+    if image.mode in ("La", "RGBa"):  # multiplied by their transparency
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     return image.convert("RGB")
 
 
@@ -333,12 +362,12 @@ def _list_folders(root: Path, kind: str, split: str) -> tuple[list[str], list[in
     """Paths, labels and class names of a split of class folders; UserError if its classes do not fit those of the other split."""
     folder = root
     if kind == "folders":
-        test = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+        test = _test_folder(root)
         if split != "pretrain" and test is None:
             raise UserError(f"--dataset_root {str(root)!r} has train/ but no val/ or test/: an evaluation needs both")
         if split != "pretrain":
             names = [{path.name for path in _class_folders(part)} for part in (root / "train", test)]
-            if names[0] != names[1]:
+            if all(names) and names[0] != names[1]:
                 raise UserError(f"train/ and {test.name}/ in {str(root)!r} have different classes: only one of them has {', '.join(sorted(names[0] ^ names[1])[:5])}")
         folder = test if split == "test" else root / "train"
     classes = _class_folders(folder)
@@ -354,8 +383,15 @@ def _list_folders(root: Path, kind: str, split: str) -> tuple[list[str], list[in
     return paths, labels, [part.name for part in classes]
 
 
+def _test_folder(root: Path) -> Path | None:
+    return next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+
+
 def _class_folders(root: Path) -> list[Path]:
-    return sorted(Path(entry.path) for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    try:
+        return sorted(Path(entry.path) for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{str(root)!r} cannot be listed: {error.strerror}") from None
 
 
 def _images_in(folder: Path, first: bool = False) -> list[str]:
@@ -384,28 +420,44 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
 def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, start: int = 0) -> list[Tensor]:
     """The batches of indices of an epoch, without the last, incomplete one, from batch `start` on."""
     order = epoch_order(n, seed, epoch)
-    return list(order[:n // batch_size * batch_size].split(batch_size))[start:]
+    return [order[i * batch_size:(i + 1) * batch_size] for i in range(start, n // batch_size)]
 
 
 def iterate(dataset: ArrayImages | FolderImages, batches: Iterable[Tensor], *, num_workers: int, failures: Failures) -> Iterator[Batch]:
     """The batches in their order, whatever the number of worker processes; UserError for too many failures or a worker that died."""
     if dataset.in_memory or num_workers == 0:
-        loader: Iterable[Batch] = map(dataset.fetch, batches)
+        iterator: Iterator[Batch] = map(dataset.fetch, batches)
     else:
-        loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=batches, num_workers=num_workers, prefetch_factor=4,
-                                             worker_init_fn=_start_worker, pin_memory=torch.cuda.is_available())
-    iterator = iter(loader)
+        loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=map(Tensor.tolist, batches), num_workers=num_workers,
+                                             worker_init_fn=_start_worker, pin_memory=torch.cuda.is_available(),
+                                             generator=torch.Generator())  # or it would draw from the global stream
+        with _child_signals_as_before():
+            iterator = iter(loader)
     while True:
         try:
             batch = next(iterator)
         except StopIteration:
             return
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if not re.search(r"DataLoader worker.*(exited unexpectedly|killed by signal)", str(error)):
                 raise
-            raise UserError("a process that decodes images was killed, most likely for want of memory: use fewer --num_workers") from None
+            raise UserError(f"a process that decodes images was killed, most likely for want of memory (or of /dev/shm): "
+                            f"use fewer than --num_workers {num_workers}") from None
         failures.add(batch.failed)
         yield batch
+
+
+@contextlib.contextmanager
+def _child_signals_as_before() -> Iterator[None]:
+    """Keep PyTorch from raising at once, wherever the main process is, when a worker dies: the next batch tells, in `iterate`."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
 def _start_worker(_: int) -> None:

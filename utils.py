@@ -411,7 +411,7 @@ def provenance() -> dict[str, Any]:
         except (OSError, subprocess.TimeoutExpired):
             return ""
     return {"commit": git("rev-parse", "--short", "HEAD") or "unknown", "changed": bool(git("status", "--porcelain", "-uno")),
-            "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+            "torch": str(torch.__version__), "python": platform.python_version(), "machine": platform.machine()}
 
 
 class StopSignal:

@@ -51,9 +51,11 @@ def main(argv: list[str]) -> None:
 
     write_figure(results / "loss.png", loss_figure(logs))
     found = {version: accuracy_of(cfg, version, cfg.load_pretrained_epoch, dataset) for version in versions}
-    random = random_accuracy(runs, one_dataset(found))
+    untrained = random_result(runs, found)
     curves = {version: accuracy for version, (_, accuracy) in found.items()}
-    write_figure(results / "accr_model_compare.png", accuracy_by_version_figure(curves, random, one_dataset(found)))
+    write_figure(results / "accr_model_compare.png",
+                 accuracy_by_version_figure(curves, untrained[1] if untrained else None, one_dataset(found)))
+    print(summary(found, untrained))
     if epochs:
         found = {epoch: accuracy_of(cfg, cfg.encoder_exp_version, epoch, dataset) for epoch in epochs}
         curves = {epoch: accuracy for epoch, (_, accuracy) in found.items()}
@@ -121,12 +123,22 @@ def read_accuracy(path: Path) -> torch.Tensor:
     return torch.tensor(table["top1"]).view(int(max(table["trial"])), -1)
 
 
-def random_accuracy(runs: dict[str, Path], dataset: str) -> torch.Tensor | None:
-    """The untrained encoder's accuracy (trials, epochs) on this data set, from the first run that has one."""
+def random_result(runs: dict[str, Path], found: Mapping[str, tuple[dict[str, Any], torch.Tensor]]) -> tuple[dict[str, Any], torch.Tensor] | None:
+    """An untrained encoder's result and accuracy (trials, epochs), measured as the others were, from the first run that has one."""
+    reference = next(iter(found.values()))[0]
     for folder in (path.parent for run in runs.values() for path in sorted(run.glob("eval/random*/result.json"))):
-        if (evaluate.read_result(folder) or {}).get("dataset") == dataset:
-            return read_accuracy(folder / "accuracy.csv")
+        result = evaluate.read_result(folder)
+        if result and all(result.get(name) == reference[name] for name in ("dataset", "protocol", "arch", "crop", "linear_epochs")):
+            return result, read_accuracy(folder / "accuracy.csv")
     return None
+
+
+def summary(found: Mapping[str, tuple[dict[str, Any], torch.Tensor]], untrained: tuple[dict[str, Any], torch.Tensor] | None) -> str:
+    """kNN and linear accuracy of each version, as aligned lines."""
+    named = ({"untrained": untrained} if untrained else {}) | dict(found)
+    lines = [f"{'top-1 (%)':<16} {'kNN':>7} {'linear':>7}"]
+    lines += [f"{name:<16} {result['knn_top1']:>7.2f} {result['linear_top1']:>7.2f}" for name, (result, _) in named.items()]
+    return "\n".join(lines)
 
 
 def one_dataset(found: Mapping[Any, tuple[dict[str, Any], torch.Tensor]]) -> str:

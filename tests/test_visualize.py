@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,8 +167,13 @@ def test_figures_of_runs(place: Path) -> None:
             assert image.width >= 1200
             assert len(image.convert("RGB").resize((400, 200)).getcolors(80000)) > 20
 
-    done = run("visualize.py", *flags)
-    assert done.returncode == 0 and "evaluating" not in done.stdout
+    assert run("test.py", output, data, "--encoder_exp_version=M3", "--encoder=random", *FAST).returncode == 0
+    done = run("visualize.py", *flags, "--time_since", int(time.time()) - 130)
+    assert done.returncode == 0 and "evaluating" not in done.stdout and "2 min" in done.stdout
+    shown = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line}
+    for name, folder in (("M1", "M1/eval/epoch_0001"), ("M3", "M3/eval/epoch_0002"), ("untrained", "M3/eval/random")):
+        result = json.loads((home / folder / "result.json").read_text())
+        assert shown[name][-2:] == [f"{result['knn_top1']:.2f}", f"{result['linear_top1']:.2f}"]
     done = run("visualize.py", *flags, "--trials=3", "--multiple_encoder_exp_version", "M1", "--multiple_pretrained_epoch", "none")
     assert "M1, epoch 1: evaluating" in done.stdout  # more trials than are stored
     assert len(json.loads((home / "M1" / "eval" / "epoch_0001" / "result.json").read_text())["trials"]) == 3

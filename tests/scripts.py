@@ -1,0 +1,47 @@
+"""Run the scripts as the command line does, in this process: the same flags, output, errors and exit status, without a start of PyTorch each."""
+
+import contextlib
+import importlib
+import io
+import signal
+import sys
+from dataclasses import dataclass
+
+import utils
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(script: str, *flags: object) -> Done:
+    """`python SCRIPT.py FLAGS`, with the signal handlers put back."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    argv, handlers = sys.argv, [signal.getsignal(number) for number in SIGNALS]
+    sys.argv = [script, *map(str, flags)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            utils.main_guard(importlib.import_module(script).main)
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.argv = argv
+        for number, handler in zip(SIGNALS, handlers):
+            signal.signal(number, handler)
+    return Done(code or 0, out.getvalue(), err.getvalue())
+
+
+def assert_one_line_error(done: Done, *parts: str) -> None:
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), (done.returncode, done.stderr)
+    assert all(part in lines[0] for part in parts), lines[0]
+
+
+def assert_last_line_is_error(done: Done, part: str) -> None:
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and part in done.stderr.splitlines()[-1]
