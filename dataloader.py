@@ -222,8 +222,8 @@ def _read_idx(root: Path, name: str) -> np.ndarray:
 def make_shapes(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The built-in set: n images (n, 3, 40, 40) of ten texture families, with their labels (n,); the same numbers, the same images.
 
-    Orientation, scale, phase and polarity are random: what the augmentations change, or what a crop hides. There is
-    no colour, noise level or light of an image's own, which would name the instance and spare the network the texture.
+    Orientation, scale, phase, polarity and tint are random: what a crop or a jitter changes. There are no pairs of colours, noise
+    levels or lights of an image's own, which survive a jitter, name the instance and spare the network the texture.
     """
     random = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % 10
@@ -241,7 +241,10 @@ def make_shapes(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         mine = labels == label
         images[mine] = torch.sigmoid(12 * _texture(SHAPE_CLASSES[label], u[mine], v[mine]))
     images = torch.where(polarity, 1 - images, images)
-    pixels = (20 + 215 * images).to(torch.uint8)[:, None].expand(n, 3, SHAPE_SIDE, SHAPE_SIDE)
+    hue = uniform(0, 1).flatten()
+    distance = (hue[:, None] - torch.arange(3) / 3 + 0.5) % 1 - 0.5  # of the tint from red, green, blue, in turns
+    tint = 1 - 0.5 * (6 * distance.abs() - 1).clamp(0, 1)  # HSV of saturation 0.5 and value 1: (n, 3)
+    pixels = ((20 + 215 * images)[:, None] * tint[:, :, None, None]).to(torch.uint8)
     order = torch.randperm(n, generator=random)
     return pixels[order].numpy(), labels[order].numpy()
 
@@ -302,21 +305,25 @@ class FolderImages:
 
     def decode(self, path: str) -> tuple[np.ndarray, float]:
         """A file as uint8 (S, S, 3), and its original width / height (1 after a centre crop)."""
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, on odd metadata of images that it reads well
+            with Image.open(path) as image:
+                return self._decode(image)
+
+    def _decode(self, image: Image.Image) -> tuple[np.ndarray, float]:
+        width, height = image.size
+        turn = _orientation(image)
+        if self.view == "square":
+            image.draft(None, (self.resize, self.resize))  # JPEG: the smallest DCT scale that is no smaller
+            pixels = as_rgb(image).resize((self.resize, self.resize), Image.Resampling.BILINEAR)
+            aspect = height / width if turn in QUARTER_TURNS else width / height
+        else:
+            scale = self.resize / min(width, height)
+            image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))
             width, height = image.size
-            turn = _orientation(image)
-            if self.view == "square":
-                image.draft(None, (self.resize, self.resize))  # JPEG: the smallest DCT scale that is no smaller
-                pixels = as_rgb(image).resize((self.resize, self.resize), Image.Resampling.BILINEAR)
-                aspect = height / width if turn in QUARTER_TURNS else width / height
-            else:
-                scale = self.resize / min(width, height)
-                image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))
-                width, height = image.size
-                half = min(width, height) * self.crop / self.resize / 2
-                box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
-                pixels, aspect = as_rgb(image).resize((self.crop, self.crop), Image.Resampling.BILINEAR, box=box), 1.0
+            half = min(width, height) * self.crop / self.resize / 2
+            box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
+            pixels, aspect = as_rgb(image).resize((self.crop, self.crop), Image.Resampling.BILINEAR, box=box), 1.0
         return np.asarray(pixels if turn is None else pixels.transpose(turn)), aspect  # turning last, when it is small
 
 

@@ -24,7 +24,7 @@ import augment
 import dataloader
 import parallel
 import utils
-from model import MoCo, contrast_hits, contrastive_loss
+from model import ARCHS, MoCo, contrast_hits, contrastive_loss
 from utils import UserError
 
 LOG_COLUMNS = ["step", "epoch", "loss", "contrast_top1", "lr", "images_per_second"]
@@ -111,7 +111,6 @@ def set_up(cfg: SimpleNamespace) -> tuple[torch.device, Any, augment.Recipe]:
     if len(cfg.mean) != 3 or len(cfg.std) != 3:
         raise UserError(f"--mean {cfg.mean} and --std {cfg.std} must have three numbers each")
     cfg.bn_groups = utils.checked(parallel.resolve_bn_groups, cfg.bn_groups, cfg.batch_size)
-    from model import ARCHS
     if cfg.arch not in ARCHS:
         raise UserError(f"--arch {cfg.arch!r} is not known: choose one of {', '.join(ARCHS)}")
     dataset = dataloader.open_dataset(cfg.dataset_root, "pretrain", view="square", resize=cfg.resize, crop=cfg.crop, download=cfg.download)

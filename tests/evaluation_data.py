@@ -1,8 +1,5 @@
 """Miniature data and runs for the tests of test.py and visualize.py."""
 
-import contextlib
-import importlib.util
-import io
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,21 +45,6 @@ def fabricated_run(output: Path, version: str, epochs: tuple[int, ...], weight: 
     rows = [(step, 1, math.log(num_keys + 1) - 0.01 * step, 10, 0.03, 100) for step in range(5, 100, 5)]
     utils.write_csv(folder / "log.csv", ["step", "epoch", "loss", "contrast_top1", "lr", "images_per_second"], rows)
     return folder
-
-
-def run(script: str, *flags: object) -> SimpleNamespace:
-    """A script's main with flags, in this process: returncode, stdout, stderr as its command would give them."""
-    spec = importlib.util.spec_from_file_location(f"script_{Path(script).stem}", ROOT / script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            module.main(list(map(str, flags)))
-        except utils.UserError as error:
-            print(f"error: {error}", file=err)
-            code = 2
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def one_line(done: SimpleNamespace, words: str) -> bool:

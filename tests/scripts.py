@@ -1,11 +1,13 @@
 """Run the scripts as the command line does, in this process: the same flags, output, errors and exit status, without a start of PyTorch each."""
 
 import contextlib
-import importlib
+import importlib.util
 import io
 import signal
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 import utils
 
@@ -20,13 +22,13 @@ class Done:
 
 
 def run(script: str, *flags: object) -> Done:
-    """`python SCRIPT.py FLAGS`, with the signal handlers put back."""
+    """`python SCRIPT.py FLAGS` (script: its name, with or without .py); the signal handlers are put back."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv, handlers = sys.argv, [signal.getsignal(number) for number in SIGNALS]
     sys.argv = [script, *map(str, flags)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            utils.main_guard(importlib.import_module(script).main)
+            utils.main_guard(_module(script).main)
     except SystemExit as stop:
         code = stop.code
     finally:
@@ -34,6 +36,15 @@ def run(script: str, *flags: object) -> Done:
         for number, handler in zip(SIGNALS, handlers):
             signal.signal(number, handler)
     return Done(code or 0, out.getvalue(), err.getvalue())
+
+
+def _module(script: str) -> ModuleType:
+    """The script by its file, since `import test` means a module of Python's own."""
+    name = Path(script).stem
+    spec = importlib.util.spec_from_file_location(f"script_{name}", Path(utils.__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def assert_one_line_error(done: Done, *parts: str) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from evaluation_data import ROOT, class_folders, fabricated_run, one_line, run
+from evaluation_data import ROOT, class_folders, fabricated_run, one_line
+from scripts import run
 
 import dataloader
 import evaluate

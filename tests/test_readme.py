@@ -1,0 +1,59 @@
+"""Every command of the README, with the flags of a small run appended, on miniature data in the official formats."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from data import write_fashion_mnist, write_folders, write_stl10
+from scripts import run
+
+import utils
+
+ROOT = Path(utils.__file__).parent
+SMALL = {"train": ["--arch=resnet18", "--crop=16", "--resize=16", "--feature_dim=8", "--num_keys=32", "--batch_size=16", "--max_epoch=1",
+                   "--bn_groups=2", "--num_workers=0", "--device=cpu"],
+         "test": ["--linear_epochs=2", "--trials=1", "--num_workers=0", "--device=cpu"],
+         "visualize": ["--linear_epochs=2", "--trials=1", "--num_workers=0", "--device=cpu"]}
+
+
+def commands() -> list[str]:
+    """The commands in the README's code blocks and tables: `python SCRIPT.py ...`, with the flags of continued lines."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"(?:CUDA_VISIBLE_DEVICES=\S+ )?python (?:train|test|visualize)\.py[^`\n|#]*", text)
+    return list(dict.fromkeys(" ".join(command.split()) for command in found if "--help" not in command))
+
+
+def test_the_readme_has_the_commands_of_the_original():
+    text = "\n".join(commands())
+    for part in ("train.py --dataset_root=ROOT/ILSVRC/Data/CLS-LOC/train --shuffle_bn", "--exp_version=M0 --momentum=0 --shuffle_bn",
+                 "test.py --dataset_root=ROOT/STL-10 --load_pretrained_epoch=100", "--multiple_encoder_exp_version M1 M2 M3"):
+        assert part in text, part
+    assert len(commands()) >= 10
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders that the README names, in miniature; results of one command serve the next."""
+    place = tmp_path_factory.mktemp("readme")
+    write_folders(place / "ROOT/ILSVRC/Data/CLS-LOC", classes=2, train=24, test=4, size=16)
+    write_stl10(place / "ROOT/STL-10", train=30, test=10, unlabeled=48)
+    write_fashion_mnist(place / "ROOT/fashion-mnist", train=48, test=20)
+    return place
+
+
+def test_each_command_works(place: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(place)
+    order = {"train": 0, "test": 1, "visualize": 2}
+    for command in sorted(commands(), key=lambda c: order[re.search(r"(\w+)\.py", c)[1]]):
+        words = [word for word in shlex.split(command) if not word.startswith("CUDA_VISIBLE_DEVICES")]
+        script, flags = words[1].removesuffix(".py"), [w.replace("=...", "=ROOT/ILSVRC/Data/CLS-LOC/train") for w in words[2:]]
+        flags += SMALL[script] + (["--overwrite"] if script == "train" and "--resume" not in flags else [])
+        done = run(script, *flags)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        for last in place.glob("output/*/*/checkpoints/last.pth.tar"):  # the epochs that the README names
+            for epoch in (20, 40, 60, 100):
+                if not (copy := last.with_name(f"epoch_{epoch:04d}.pth.tar")).exists():
+                    shutil.copy(last, copy)
+    assert {"loss.png", "accr_model_compare.png", "accr_epoch_compare.png"} <= {p.name for p in (place / "img").iterdir()}
