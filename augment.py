@@ -36,6 +36,7 @@ class Recipe:
     crop: int
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    grid: int = 0  # side in pixels of the original, square images, for boxes of whole pixels as torchvision's; 0: continuous boxes
     flip: float = 0.5
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.4)
     jitter_p: float = 1.0
@@ -54,6 +55,7 @@ class Recipe:
         require(self.crop >= 1, "crop", "at least 1 pixel")
         require(0 < self.scale[0] <= self.scale[1] <= 1, "scale", "an interval within (0, 1]")
         require(0 < self.ratio[0] <= self.ratio[1], "ratio", "an interval of positive numbers")
+        require(self.grid >= 0, "grid", "a side in pixels, or 0")
         require(0 < self.blur_sigma[0] <= self.blur_sigma[1], "blur_sigma", "an interval of positive numbers")
         for name in ("flip", "jitter_p", "grayscale", "blur_p"):
             require(0 <= getattr(self, name) <= 1, name, "a probability within [0, 1]")
@@ -130,7 +132,7 @@ def draw(aspect: Tensor, recipe: Recipe, generator: torch.Generator) -> Params:
 
     area = uniform(*recipe.scale, TRIES)
     ratio = uniform(math.log(recipe.ratio[0]), math.log(recipe.ratio[1]), TRIES).exp()
-    box = _boxes(aspect, area, ratio, uniform(0, 1, 2), recipe.ratio)
+    box = _boxes(aspect, area, ratio, uniform(0, 1, 2), recipe.ratio, recipe.grid)
     b, c, s, h = recipe.jitter
     order = torch.randperm(len(JITTER), generator=generator).tolist()
     return Params(
@@ -215,23 +217,27 @@ def _three(planes: Tensor) -> Tensor:
 # Crop ---------------------------------------------------------------------------------------------------------------------
 
 
-def _boxes(aspect: Tensor, area: Tensor, ratio: Tensor, place: Tensor, bounds: tuple[float, float]) -> Tensor:
+def _boxes(aspect: Tensor, area: Tensor, ratio: Tensor, place: Tensor, bounds: tuple[float, float], grid: int) -> Tensor:
     """RandomResizedCrop's boxes (N, 4): the first of the tries (N, TRIES) that fits, else the centre, cut to a legal ratio.
 
     In shares of an image of width a and height 1, a box of area s (times a) and ratio r has width sqrt(s r / a)
-    and height sqrt(s a / r). torchvision rounds both to pixels; these boxes are continuous.
+    and height sqrt(s a / r). torchvision rounds both to pixels and places them on pixels: on a `grid` so do these boxes. The
+    continuous ones (grid 0) are its limit for large images; at 28 px they overlap more, and the loss of a run is lower by about 0.1.
     """
     a = aspect[:, None]
     size = torch.stack(((area * ratio / a).sqrt(), (area * a / ratio).sqrt()), dim=-1)  # (N, TRIES, 2) width, height
-    fits = (size <= 1).all(-1)
+    if grid:
+        size = (size * grid).round() / grid
+    fits = ((size <= 1) & (size > 0)).all(-1)
     first = (fits.cumsum(1) == 0).sum(1)  # tries that failed before the first success; TRIES if none fits
     rows = torch.arange(len(aspect))
     tried = size[rows, first.clamp(max=TRIES - 1)]
     centre = torch.stack(((bounds[1] / aspect).clamp(max=1), (aspect / bounds[0]).clamp(max=1)), dim=-1)
     found = (first < TRIES)[:, None]
-    size = torch.where(found, tried, centre)
+    size = torch.where(found, tried, (centre * grid).round() / grid if grid else centre)
     place = torch.where(found, place, 0.5)
-    return torch.cat((place * (1 - size), size), dim=1)
+    corner = (place * (grid * (1 - size) + 1)).floor() / grid if grid else place * (1 - size)
+    return torch.cat((corner, size), dim=1)
 
 
 def _crop(images: Tensor, params: Params, crop: int, dtype: torch.dtype) -> Tensor:

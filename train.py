@@ -41,6 +41,7 @@ def main(argv: list[str]) -> None:
     last = folder / "checkpoints" / "last.pth.tar"
     checkpoint = load_for_resume(last, cfg, dataset) if cfg.resume and last.exists() else None
     announce(cfg, folder, dataset, device, checkpoint)
+    cfg.resume = cfg.overwrite = False  # how this process began is no property of the run
 
     torch.manual_seed(utils.generator(cfg.seed, "weights").initial_seed())
     moco = MoCo(arch=cfg.arch, feature_dim=cfg.feature_dim, num_keys=cfg.num_keys, momentum=cfg.momentum,
@@ -84,7 +85,7 @@ def main(argv: list[str]) -> None:
             row = {"step": step, "epoch": (step - 1) // steps_per_epoch + 1, **meter.read(step, last), "lr": optimizer.param_groups[0]["lr"],
                    "images_per_second": meter.images / (now - last_row)}
             log.append(row)
-            report(row, cfg, total, steps_per_epoch, (now - started))
+            report(row, cfg, total)
             meter.reset()
             last_row = now
         if keep or stop.received or step == total or time.monotonic() - last_save > 60 * cfg.save_every_minutes:
@@ -97,7 +98,7 @@ def main(argv: list[str]) -> None:
         if stop.received and step < total:
             print(f"stopped by signal {stop.received} after step {step}: saved; continue with --resume", flush=True)
             sys.exit(128 + stop.received)
-    finish(folder, cfg, step, time.monotonic() - started)
+    finish(folder, cfg, time.monotonic() - started)
 
 
 def set_up(cfg: SimpleNamespace) -> tuple[torch.device, Any, augment.Recipe]:
@@ -122,8 +123,10 @@ def set_up(cfg: SimpleNamespace) -> tuple[torch.device, Any, augment.Recipe]:
         raise UserError(f"--batch_size {cfg.batch_size} is larger than the data set ({len(dataset)} images)")
     if cfg.shuffle_bn and cfg.bn_groups == 1:
         print("warning: --shuffle_bn has no effect with one batch-norm group (--bn_groups 1)", file=sys.stderr)
+    if cfg.pixel_boxes and dataset.native != cfg.resize:
+        raise UserError(f"--pixel_boxes needs a data set of one size kept at that size, not {dataset.name} at --resize {cfg.resize}: leave it out")
     recipe = augment.recipe("v2" if cfg.aug_plus else "v1", cfg.crop, scale=tuple(cfg.crop_scale), grayscale=cfg.grayscale,
-                            mean=tuple(cfg.mean), std=tuple(cfg.std))
+                            grid=cfg.resize if cfg.pixel_boxes else 0, mean=tuple(cfg.mean), std=tuple(cfg.std))
     return device, dataset, recipe
 
 
@@ -235,13 +238,13 @@ def announce(cfg: SimpleNamespace, folder: Path, dataset: Any, device: torch.dev
     print(f"run: {folder}", flush=True)
 
 
-def report(row: dict[str, float], cfg: SimpleNamespace, total: int, steps_per_epoch: int, seconds: float) -> None:
+def report(row: dict[str, float], cfg: SimpleNamespace, total: int) -> None:
     left = (total - row["step"]) * cfg.batch_size / row["images_per_second"]
     print(f"epoch {row['epoch']}/{cfg.max_epoch}  step {row['step']}/{total}  loss {row['loss']:.3f}  contrast top-1 {row['contrast_top1']:.1f} %  "
           f"lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s  left {utils.duration(left)}", flush=True)
 
 
-def finish(folder: Path, cfg: SimpleNamespace, step: int, seconds: float) -> None:
+def finish(folder: Path, cfg: SimpleNamespace, seconds: float) -> None:
     """Draw the loss and say where everything is."""
     import visualize  # matplotlib is needed only here
     figure = visualize.loss_figure({cfg.exp_version: visualize.read_loss(folder)})

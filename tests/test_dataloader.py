@@ -4,6 +4,8 @@ import gzip
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -235,8 +237,8 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode, name", [("1", "png"), ("L", "png"), ("LA", "png"), ("P", "png"), ("RGB", "png"), ("RGBA", "png"), ("I;16", "png"), ("I", "tif"),
-                                        ("F", "tif"), ("CMYK", "tif"), ("YCbCr", "tif"), ("LAB", "tif"), ("I;16", "tif"), ("I;16B", "tif"), ("L", "pgm"), ("CMYK", "jpg"),
-                                        ("L", "jpg"), ("RGBA", "webp"), ("P", "bmp"), ("PA", "tif")])
+                                        ("F", "tif"), ("CMYK", "tif"), ("YCbCr", "tif"), ("LAB", "tif"), ("I;16", "tif"), ("I;16B", "tif"), ("L", "pgm"),
+                                        ("CMYK", "jpg"), ("L", "jpg"), ("RGBA", "webp"), ("P", "bmp"), ("PA", "tif")])
 def test_files_of_every_mode(tmp_path: Path, mode: str, name: str) -> None:
     """Through a file: four flat quarters, so that JPEG keeps them too."""
     grey = np.kron(np.array([[0, 255], [200, 90] if mode != "1" else [255, 0]], np.uint8), np.ones((16, 16), np.uint8))
@@ -251,7 +253,8 @@ def test_files_of_every_mode(tmp_path: Path, mode: str, name: str) -> None:
 @pytest.mark.parametrize("mode, name", [("RGB", "png"), ("RGBA", "png"), ("P", "png"), ("CMYK", "jpg"), ("YCbCr", "jpg"), ("LAB", "tif")])
 def test_channels_are_red_green_blue(tmp_path: Path, mode: str, name: str) -> None:
     colour = Image.new("RGB", (20, 20), (200, 100, 30))
-    image = ImageCms.profileToProfile(colour, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB") if mode == "LAB" else colour.convert(mode)
+    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    image = ImageCms.profileToProfile(colour, *profiles, outputMode="LAB") if mode == "LAB" else colour.convert(mode)
     class_of(tmp_path, (f"a.{name}", image), **({"quality": 100} if name == "jpg" else {}))
     found = square(tmp_path).fetch(torch.tensor([0])).images.float().mean(dim=(0, 2, 3))
     assert (found - torch.tensor([200.0, 100, 30])).abs().max() < (25 if mode == "P" else 6)
@@ -533,11 +536,15 @@ def test_shapes_are_deterministic_and_balanced() -> None:
 
 
 def test_shapes_have_no_mark_of_an_instance() -> None:
-    """No colour, and the same black and white in each image: only the texture's place, direction, scale and polarity differ."""
-    images, _ = dataloader.make_shapes(500, seed=0)
-    assert np.array_equal(images[:, 0], images[:, 1]) and np.array_equal(images[:, 0], images[:, 2])
-    low, high = np.percentile(images[:, 0].reshape(500, -1), [3, 97], axis=1)
+    """The same black and white in each image, at most tinted as a whole: no pair of colours, no noise, no gradient of the light."""
+    images = dataloader.make_shapes(500, seed=0)[0].astype(float)
+    low, high = np.percentile(images.max(axis=1).reshape(500, -1), [3, 97], axis=1)
     assert low.max() < 45 and high.min() > 210
+    brightest = images.max(axis=(2, 3), keepdims=True)  # of each channel
+    grey = images.max(axis=1, keepdims=True)
+    assert np.abs(images - grey * brightest / brightest.max(axis=1, keepdims=True)).max() <= 2
+    corners = np.stack([grey[..., i:i + 20, j:j + 20].mean(axis=(1, 2, 3)) for i in (0, 20) for j in (0, 20)])
+    assert np.abs(corners - corners.mean(axis=0)).mean() < 12  # of 255: the texture's own unevenness
 
 
 def test_shapes_splits() -> None:
@@ -608,6 +615,23 @@ def test_an_error_of_the_code_in_a_worker_is_not_hidden(tmp_path: Path, monkeypa
     monkeypatch.setattr(dataloader.FolderImages, "fetch", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         list(iterate(square(tmp_path), [torch.arange(2)], num_workers=1, failures=Failures(4)))
+
+
+@pytest.mark.parametrize("end, code", [("raise ValueError('a bug')", 1), ("raise utils.UserError('one line')", 2), ("sys.exit(143)", 143)])
+def test_an_error_of_the_main_process_ends_the_program(tmp_path: Path, end: str, code: int) -> None:
+    """The traceback keeps the loader alive, and its workers ignore SIGTERM: the program must end, not wait for them."""
+    flat(tmp_path, 80)
+    script = f"""
+import sys
+import dataloader, utils
+def main(argv):
+    dataset = dataloader.open_dataset({str(tmp_path)!r}, "pretrain", view="square", resize=20, crop=16)
+    for batch in dataloader.iterate(dataset, dataloader.epoch_batches(80, 4, 0, 0), num_workers=2, failures=dataloader.Failures(80)):
+        {end}
+utils.main_guard(main)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(dataloader.__file__).parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
 
 
 def test_a_batch_moves_as_a_whole() -> None:
