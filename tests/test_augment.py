@@ -211,6 +211,21 @@ def test_boxes_follow_torchvision(aspect: float, scale: tuple, ratio: tuple) -> 
     assert (box >= 0).all() and (box[:, :2] + box[:, 2:] <= 1 + 1e-12).all()
 
 
+@pytest.mark.parametrize("grid", [7, 28])
+def test_boxes_on_a_grid_are_torchvisions(grid: int) -> None:
+    n, image = 6000, torch.zeros(1).expand(3, grid, grid)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        drawn = torch.tensor([RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(n)])
+    box = grid * draw(torch.ones(n), Recipe(32, grid=grid), seeded(2)).box
+    assert (box - box.round()).abs().max() < 1e-9 and (box[:, :2] + box[:, 2:]).max() <= grid + 1e-9
+    for ours, theirs in zip(box.round().long().T, drawn[:, [1, 0, 3, 2]].T):
+        counts = [torch.bincount(values, minlength=grid + 1).double() / n for values in (ours, theirs)]
+        assert (counts[0] - counts[1]).abs().max() < 0.03  # 3.3 standard errors of the most frequent value
+    free = draw(torch.ones(n), Recipe(32), seeded(2)).box
+    assert (box[:, 0] / grid).std() > 1.02 * free[:, 0].std()  # why the grid matters: whole pixels spread wider
+
+
 @pytest.mark.parametrize("size", [(800, 100), (100, 800), (1000, 90), (60, 1000)])
 def test_fallback_is_torchvisions_centre(size: tuple[int, int]) -> None:
     width, height = size
