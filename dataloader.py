@@ -9,16 +9,12 @@ A data set gives batches of uint8 images of one size, so that the augmentation r
 `len()`, and `fetch(indices) -> Batch`.
 """
 
-import atexit
 import contextlib
 import gzip
 import math
-import multiprocessing
 import os
 import re
-import signal
 import sys
-import threading
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
@@ -32,6 +28,7 @@ from PIL import Image, ImageCms
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+import parallel
 import utils
 from utils import UserError
 
@@ -236,7 +233,7 @@ def make_shapes(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
     centred = torch.arange(SHAPE_SIDE) - (SHAPE_SIDE - 1) / 2
     y, x = torch.meshgrid(centred, centred, indexing="ij")
-    angle, period, phase_u, phase_v, polarity = uniform(0, 2 * math.pi), uniform(7, 12), uniform(0, 1), uniform(0, 1), uniform(0, 1) < 0.5
+    angle, period, phase_u, phase_v, polarity = uniform(0, 2 * math.pi), uniform(6, 14), uniform(0, 1), uniform(0, 1), uniform(0, 1) < 0.5
     u = (x * angle.cos() + y * angle.sin()) / period + phase_u
     v = (y * angle.cos() - x * angle.sin()) / period + phase_v
     images = torch.empty(n, SHAPE_SIDE, SHAPE_SIDE)
@@ -437,48 +434,17 @@ def iterate(dataset: ArrayImages | FolderImages, batches: Iterable[Tensor], *, n
         iterator: Iterator[Batch] = map(dataset.fetch, batches)
     else:
         loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=map(Tensor.tolist, batches), num_workers=num_workers,
-                                             worker_init_fn=_start_worker, pin_memory=torch.cuda.is_available(),
+                                             worker_init_fn=parallel.start_worker, pin_memory=torch.cuda.is_available(),
                                              generator=torch.Generator())  # or it would draw from the global stream
-        with _child_signals_as_before():
+        with parallel.child_signals_as_before():
             iterator = iter(loader)
-        atexit.unregister(_end_workers)
-        atexit.register(_end_workers)  # once, and last: what is registered last runs first
-    while True:
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if not re.search(r"DataLoader worker.*(exited unexpectedly|killed by signal)", str(error)):
-                raise
-            raise UserError(f"a process that decodes images was killed, most likely for want of memory (or of /dev/shm): "
-                            f"use fewer than --num_workers {num_workers}") from None
-        failures.add(batch.failed)
-        yield batch
-
-
-def _end_workers() -> None:
-    """At the exit after an error, which keeps the loader alive: multiprocessing sends SIGTERM, ignored by workers, and would wait for ever."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-
-
-@contextlib.contextmanager
-def _child_signals_as_before() -> Iterator[None]:
-    """Keep PyTorch from raising at once, wherever the main process is, when a worker dies: the next batch tells, in `iterate`."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        yield
-        return
-    handler = signal.getsignal(signal.SIGCHLD)
+        parallel.end_workers_at_exit()
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-
-
-def _start_worker(_: int) -> None:
-    """Workers take one core each and leave signals to the main process."""
-    torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+        for batch in iterator:
+            failures.add(batch.failed)
+            yield batch
+    except RuntimeError as error:
+        if not re.search(r"DataLoader worker.*(exited unexpectedly|killed by signal)", str(error)):
+            raise
+        raise UserError(f"a process that decodes images was killed, most likely for want of memory (or of /dev/shm): "
+                        f"use fewer than --num_workers {num_workers}") from None

@@ -1,9 +1,14 @@
-"""Where the work runs: device, precision, batch-norm groups, and the shuffle of the keys.
+"""Where the work runs: device, precision, batch-norm groups, the shuffle of the keys, and the processes that decode images.
 
 One device here; the functions take the number of devices so that a launch on several only changes what it passes.
 """
 
+import atexit
 import contextlib
+import multiprocessing
+import signal
+import threading
+from collections.abc import Iterator
 
 import torch
 
@@ -81,3 +86,36 @@ def shuffle(x: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
 def unshuffle(x: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
     """The inverse of `shuffle`: row permutation[i] of the result is row i of x (N, ...)."""
     return torch.empty_like(x).index_copy_(0, permutation, x)
+
+
+def start_worker(_: int) -> None:
+    """Workers take one core each and leave signals to the main process."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def child_signals_as_before() -> Iterator[None]:
+    """Keep PyTorch from raising at once, wherever the main process is, when a worker dies: the next batch tells, in `dataloader.iterate`."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+
+
+def end_workers_at_exit() -> None:
+    """Register `_end_workers` once, and as the last: what is registered last runs first."""
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)
+
+
+def _end_workers() -> None:
+    """At the exit after an error, which keeps the loader alive: multiprocessing sends SIGTERM, ignored by workers, and would wait for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

@@ -31,8 +31,8 @@ def main(argv: list[str]) -> None:
 
 
 def untrained_result(folder: Path, result: dict[str, Any]) -> dict[str, Any] | None:
-    """The untrained encoder's result beside this one, if it is there and of the same data set and protocol."""
-    same = ("dataset", "protocol", "crop", "arch")
+    """The untrained encoder's result beside this one, if it is there and was measured the same way."""
+    same = ("dataset", "protocol", "crop", "arch", "knn_k", "knn_weighted")
     others = (evaluate.read_result(path.parent) for path in sorted(folder.parent.glob("random*/result.json")) if path.parent != folder)
     return next((other for other in others if other and all(other.get(name) == result[name] for name in same)), None)
 
