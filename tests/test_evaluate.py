@@ -254,10 +254,11 @@ def test_results_of_a_run(place: Path) -> None:
     assert run("test.py", *flags[:1], f"--dataset_root={place}/other", *FAST, "--load_pretrained_epoch=1").returncode == 0
     assert (home / "epoch_0001-other-cached" / "result.json").exists()
     assert run("test.py", *flags, "--encoder", "random").returncode == 0
-    done = run("test.py", *flags, "--no-knn_weighted")
+    assert "untrained" in run("test.py", *flags).stdout
+    done = run("test.py", *flags, "--no-knn_weighted")  # another vote than the untrained encoder's: not compared
+    assert "untrained" not in done.stdout
     assert json.loads((home / "epoch_0002" / "result.json").read_text())["knn_weighted"] is False
     assert json.loads((home / "random" / "result.json").read_text())["checkpoint"] is None
-    assert "untrained" in done.stdout
     assert (home / "epoch_0001" / "result.json").read_text() == before
 
 
