@@ -536,13 +536,17 @@ def test_shapes_are_deterministic_and_balanced() -> None:
 
 
 def test_shapes_have_no_mark_of_an_instance() -> None:
-    """Grey, of one mean and one contrast, lit evenly: what is left to tell images apart is the texture and how it lies."""
-    images = dataloader.make_shapes(500, seed=0)[0].astype(float)
+    """Grey, of one mean and one contrast, lit evenly, not turned freely: what is left to tell images apart is the texture."""
+    images, labels = dataloader.make_shapes(500, seed=0)
+    images = images.astype(float)
     assert np.array_equal(images[:, 0], images[:, 1]) and np.array_equal(images[:, 0], images[:, 2])
     grey = images[:, 0]
     assert np.abs(grey.mean(axis=(1, 2)) - 127).max() < 1 and np.abs(grey.std(axis=(1, 2)) - 64).max() < 1  # of 255
     corners = np.stack([grey[:, i:i + 20, j:j + 20].mean(axis=(1, 2)) for i in (0, 20) for j in (0, 20)])
     assert np.abs(corners - corners.mean(axis=0)).mean() < 4  # the texture's own unevenness
+    down, across = np.gradient(grey[labels == dataloader.SHAPE_CLASSES.index("stripes")], axis=(1, 2))
+    tilt = np.degrees(0.5 * np.arctan2(2 * (down * across).sum(axis=(1, 2)), (across ** 2 - down ** 2).sum(axis=(1, 2))))  # of the structure tensor
+    assert 15 < np.abs(tilt).max() < 25  # pixels blur the measure
 
 
 def test_shapes_splits() -> None:
