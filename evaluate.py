@@ -54,19 +54,19 @@ def _bits(value: torch.Tensor) -> torch.Tensor:
 
 
 def extract_features(encoder: nn.Module, batches: Iterable[dataloader.Batch], mean: Sequence[float], std: Sequence[float],
-                     device: torch.device, mirror: bool = False, precision: str = "fp32") -> tuple[torch.Tensor, torch.Tensor]:
+                     launch: parallel.OneDevice, mirror: bool = False, precision: str = "fp32") -> tuple[torch.Tensor, torch.Tensor]:
     """Features float32 (n, D) and labels (n,), on the CPU, of batches of images; `mirror` gives (2, n, D): the images, then mirrored.
 
-    `encoder` maps (N, 3, H, W) to (N, D). It is used in eval mode and must come out unchanged, bit for bit (RuntimeError).
+    `encoder`, on the devices of `launch`, maps (N, 3, H, W) to (N, D). It is used in eval mode and must come out unchanged, bit for bit (RuntimeError).
     """
     dtype = next(encoder.parameters()).dtype
     features, labels = [], []
     with frozen(encoder):
         for batch in batches:
-            images = augment.normalize(batch.images.to(device, non_blocking=True), mean, std, dtype=dtype)
+            images = augment.normalize(batch.images.to(launch.device, non_blocking=True), mean, std, dtype=dtype)
             views = [images, images.flip(-1)] if mirror else [images]
-            with parallel.autocast(precision, device):
-                out = torch.stack([encoder(view) for view in views])  # (1 or 2, N, D)
+            with parallel.autocast(precision, launch.device):
+                out = torch.stack([launch.encode(encoder, view) for view in views])  # (1 or 2, N, D)
             features.append(out.float().cpu())
             labels.append(batch.labels.cpu())
     stacked = torch.cat(features, dim=1)
@@ -308,30 +308,41 @@ def settings(cfg: SimpleNamespace, subject: Subject) -> dict[str, Any]:
     return {name: getattr(cfg, name) for name in names} | {"crop": subject.crop, "asked_resize": cfg.resize} | subject.record
 
 
-def evaluate_subject(cfg: SimpleNamespace, subject: Subject) -> tuple[Path, dict[str, Any], torch.Tensor]:
-    """kNN and linear accuracy of an encoder on `cfg.dataset_root`, left in its result folder.
+def evaluate_subject(cfg: SimpleNamespace, subject: Subject, launch: parallel.OneDevice) -> tuple[Path, dict[str, Any], torch.Tensor]:
+    """kNN and linear accuracy of an encoder on `cfg.dataset_root`, left in its result folder by the first process.
 
-    Returns that folder, what result.json holds, and the linear accuracy (trials, epochs). Raises UserError for unfit data or settings.
+    On several devices each encodes its share of the images, every image once, and votes for its share of the test images; the linear
+    classifiers, which take seconds, are trained by every process alike. Returns the folder, what result.json holds, and the linear
+    accuracy (trials, epochs). Raises UserError for unfit data or settings.
     """
     start = time.monotonic()
     if cfg.dataset_root is None:
         raise utils.UserError("--dataset_root is missing: give labelled images, or the word shapes for the built-in data set")
-    device = utils.checked(parallel.pick_device, cfg.device)
+    if cfg.download and launch.processes > 1:
+        raise utils.UserError("--download is for one process: fetch the data with plain python first")
+    device, first = launch.device, launch.rank == 0
     precision = utils.checked(parallel.pick_precision, cfg.precision, device)
     train, test = (dataloader.open_dataset(cfg.dataset_root, split, view="center", resize=cfg.resize, crop=subject.crop, download=cfg.download)
                    for split in ("train", "test"))
+    if min(len(train), len(test)) < launch.processes ** 2:
+        raise utils.UserError(f"{min(len(train), len(test))} images are too few for {launch.processes} processes: evaluate with plain python")
     folder = result_folder(subject, data_name(cfg.dataset_root), cfg.protocol)
-    check_writable(folder)
     k = min(cfg.knn_k, len(train))
-    if k < cfg.knn_k:
+    if first:
+        check_writable(folder)
+    if first and k < cfg.knn_k:
         print(f"warning: --knn_k {cfg.knn_k} is more than the {len(train)} training images: k = {k}", file=sys.stderr)
-    print(f"data     {train.name}: {len(train):,} training and {len(test):,} test images, {len(train.classes)} classes, "
-          f"shorter side {train.resize} px, crop {subject.crop} px ({device}, {precision})", flush=True)
-    encoder = subject.encoder.to(device=device, dtype=parallel.precision_dtype(precision), memory_format=torch.channels_last)
-    views, labels = dataset_features(encoder, train, cfg, subject, device, precision, mirror=cfg.linear_mirror)
-    test_features, test_labels = dataset_features(encoder, test, cfg, subject, device, precision, mirror=False)
+    if first:
+        print(f"data     {train.name}: {len(train):,} training and {len(test):,} test images, {len(train.classes)} classes, "
+              f"shorter side {train.resize} px, crop {subject.crop} px ({launch.name}, {precision})", flush=True)
+    subject.encoder.to(device=device, dtype=parallel.precision_dtype(precision), memory_format=torch.channels_last)
+    launch.wrap(subject.encoder.requires_grad_(False))
+    views, labels = dataset_features(train, cfg, subject, launch, precision, mirror=cfg.linear_mirror)
+    test_features, test_labels = dataset_features(test, cfg, subject, launch, precision, mirror=False)
     views = views.to(device) if cfg.linear_mirror else views[None].to(device)
-    knn = knn_accuracy(views[0], labels, test_features, test_labels, k=k, temperature=cfg.knn_temperature, weighted=cfg.knn_weighted)
+    own = launch.rows(len(test))
+    share = knn_accuracy(views[0], labels, test_features[own], test_labels[own], k=k, temperature=cfg.knn_temperature, weighted=cfg.knn_weighted)
+    knn = 100.0 * int(launch.total(torch.tensor(round(share * len(test_labels[own]) / 100), device=device))) / len(test)
     linear = linear_evaluation(views, labels, test_features, test_labels, epochs=cfg.linear_epochs, lrs=cfg.linear_lrs,
                                trials=cfg.trials, seed=cfg.seed, batch_size=cfg.linear_batch_size)
     scores = {name: linear[name] for name in ("linear_top1", "linear_top1_std", "trials", "learning_rate", "heldout_top1")}
@@ -339,7 +350,8 @@ def evaluate_subject(cfg: SimpleNamespace, subject: Subject) -> tuple[Path, dict
               "knn_weighted": cfg.knn_weighted, "dataset": data_name(cfg.dataset_root), "dataset_root": cfg.dataset_root,
               "train_images": len(train), "test_images": len(test), "classes": len(train.classes), "resize": train.resize,
               **settings(cfg, subject), "seconds": round(time.monotonic() - start, 1), "provenance": utils.provenance()}
-    save_results(folder, result, linear, train.classes)
+    if first:
+        save_results(folder, result, linear, train.classes)
     return folder, result, linear["accuracy"]
 
 
@@ -353,16 +365,18 @@ def check_writable(folder: Path) -> None:
         raise utils.UserError(f"{str(folder)!r} cannot be written: {error.strerror}: choose another --encoder_output_root") from None
 
 
-def dataset_features(encoder: nn.Module, dataset: Any, cfg: SimpleNamespace, subject: Subject, device: torch.device, precision: str,
+def dataset_features(dataset: Any, cfg: SimpleNamespace, subject: Subject, launch: parallel.OneDevice, precision: str,
                      mirror: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """`extract_features` of a whole data set in its order; UserError if the features are not finite."""
-    order = list(torch.arange(len(dataset)).split(cfg.eval_batch_size))
+    """`extract_features` of a whole data set in its order, on all devices; UserError if the features are not finite."""
+    own = torch.arange(len(dataset))[launch.rows(len(dataset))]
+    order = list(own.split(cfg.eval_batch_size))
     loader = dataloader.iterate(dataset, order, num_workers=cfg.num_workers, failures=dataloader.Failures(len(dataset)))
-    batches = utils.progress(loader, "features", total=len(order))
-    features, labels = extract_features(encoder, batches, subject.mean, subject.std, device, mirror=mirror, precision=precision)
+    batches = utils.progress(loader, "features", total=len(order), show=launch.rank == 0)
+    features, labels = extract_features(subject.encoder, batches, subject.mean, subject.std, launch, mirror=mirror, precision=precision)
+    features = launch.gather(features.movedim(-2, 0), len(dataset)).movedim(0, -2)
     if not features.isfinite().all():
         raise utils.UserError(f"the features of {subject.record['checkpoint']} are not finite: its training diverged; choose an earlier epoch")
-    return features, labels
+    return features, launch.gather(labels, len(dataset))
 
 
 def save_results(folder: Path, result: dict[str, Any], linear: dict[str, Any], classes: list[str]) -> None:

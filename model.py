@@ -31,21 +31,45 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
     def __init__(self, num_features: int, num_groups: int = 1, **kwargs) -> None:
         super().__init__(num_features, **kwargs)
         self.num_groups = num_groups
+        self.replicas: list[list[torch.Tensor]] = []       # what nn.DataParallel's copies of this module leave behind
+        self.left_behind: list[torch.Tensor] | None = None  # in such a copy: its part of that
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (N, C, H, W) -> the same
-        if self.num_groups == 1 or not self.training:
+        if not self.training or (self.num_groups == 1 and self.left_behind is None):
             return super().forward(x)
         groups = x.chunk(self.num_groups)
         mean = torch.zeros(len(groups), self.num_features, dtype=self.running_mean.dtype, device=x.device)
         var = torch.zeros_like(mean)  # with momentum 1 each row becomes its group's own statistics
         x = torch.cat([F.batch_norm(group, mean[g], var[g], self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
                        for g, group in enumerate(groups)])
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.mean(0), self.momentum)
-            self.running_var.lerp_(var.mean(0), self.momentum)
-            if self.momentum:
-                self.num_batches_tracked.add_(1)
+        statistics = torch.stack([mean, var])  # 2 x groups x C
+        if self.left_behind is None:
+            self._update(statistics)
+        else:
+            self.left_behind.append(statistics)
         return x
+
+    @torch.no_grad()
+    def _update(self, statistics: torch.Tensor) -> None:
+        mean, var = statistics.mean(dim=1)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var, self.momentum)
+        if self.momentum:
+            self.num_batches_tracked.add_(1)
+
+    def _replicate_for_data_parallel(self) -> "GroupBatchNorm2d":
+        """nn.DataParallel throws the buffers of its copies away, so these leave their statistics with the module that they copy."""
+        replica = super()._replicate_for_data_parallel()
+        replica.left_behind = []
+        self.replicas.append(replica.left_behind)
+        return replica
+
+    def take_statistics_of_replicas(self) -> None:
+        """One update of the running statistics, with the groups of all copies, in the order of the devices."""
+        statistics = [part.to(self.running_mean.device) for left in self.replicas for part in left]
+        self.replicas.clear()
+        if statistics:
+            self._update(torch.cat(statistics, dim=1))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_groups={self.num_groups}"
@@ -136,24 +160,27 @@ class MoCo(nn.Module):
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(feature_dim, num_keys), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+        self.launch = parallel.OneDevice()  # how a batch is spread; `launch.attach(moco, ...)` puts another here
 
     def forward(self, im_q: torch.Tensor, im_k: torch.Tensor,
                 shuffle: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One step of Algorithm 1 up to the logits: views (N, 3, H, W) twice -> logits (N, 1+K), labels (N,), keys (N, C).
 
         `shuffle` is a permutation of the batch under which the keys meet their batch-norm groups (section 3.3), or None.
-        The key encoder moves by one momentum update; call `enqueue(keys)` after the optimizer step.
+        The key encoder moves by one momentum update; call `enqueue(keys)` after the optimizer step. On several processes the
+        views, logits and labels are those of this process, `shuffle` and the keys those of the global batch.
         """
-        q = unit(self.encoder_q(im_q))                                    # queries: N x C
+        q = unit(self.launch.encode(self.encoder_q, im_q))                # queries: N x C
         with torch.no_grad():
             self.update_key_encoder()
-            k = self.encode_keys(im_k, shuffle)                           # keys: N x C
+            keys = self.encode_keys(im_k, shuffle)                        # keys: N x C
+            k = keys[self.launch.rows(len(keys))]
         with torch.autocast(q.device.type, enabled=False):
             l_pos = (q * k).sum(dim=1, keepdim=True)                      # positive logits: N x 1
             l_neg = q @ self.queue                                        # negative logits: N x K
             logits = torch.cat([l_pos, l_neg], dim=1) / self.T            # N x (1+K)
         labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)  # the positives are the 0-th
-        return logits, labels, k
+        return logits, labels, keys
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:
@@ -164,8 +191,9 @@ class MoCo(nn.Module):
     def encode_keys(self, im_k: torch.Tensor, shuffle: torch.Tensor | None = None) -> torch.Tensor:
         """Unit keys (N, C) of key views (N, 3, H, W), in the order of the views, whatever the permutation `shuffle`."""
         if shuffle is None:
-            return unit(self.encoder_k(im_k))
-        return parallel.unshuffle(unit(self.encoder_k(parallel.shuffle(im_k, shuffle))), shuffle)
+            return self.launch.gather(unit(self.launch.encode(self.encoder_k, im_k)))
+        keys = self.launch.gather(unit(self.launch.encode(self.encoder_k, self.launch.shuffle(im_k, shuffle))))
+        return parallel.unshuffle(keys, shuffle)
 
     @torch.no_grad()
     def enqueue(self, keys: torch.Tensor) -> None:

@@ -4,6 +4,7 @@
     python test.py --dataset_root=ROOT/STL-10 --encoder_exp_version M3        another run, its last checkpoint
     python test.py --dataset_root=ROOT/STL-10 --encoder random                the baseline: the same encoder, untrained
     python test.py --dataset_root=shapes --pretrained FILE                    a checkpoint file from elsewhere
+    torchrun --nproc_per_node=6 test.py --dataset_root=ROOT/STL-10            features on six GPUs (plain python: nn.DataParallel)
     python test.py --help                                                     every flag with its default
 
 Top-1 is that of the test split after the classifier's last epoch, mean over --trials; its learning rate is chosen on a held-out
@@ -15,19 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
+import parallel
 import utils
 
 
 def main(argv: list[str]) -> None:
     cfg = utils.load_config("test", argv)
+    launch = utils.checked(parallel.launch, cfg.device)
     subject = evaluate.load_subject(cfg)
     record = subject.record
-    print(f"encoder  {record['arch']}, " + ("untrained" if cfg.encoder == "random" else f"epoch {record['epoch']}, {record['checkpoint']}"), flush=True)
-    folder, result, accuracy = evaluate.evaluate_subject(cfg, subject)
-    import visualize  # matplotlib is needed only here
-    visualize.write_figure(folder / "accuracy.png", visualize.accuracy_figure(accuracy, result))
-    print(table(result, untrained_result(folder, result)))
-    print(f"written  {folder}/result.json, accuracy.csv, accuracy.png, linear.pth.tar after {utils.duration(result['seconds'])}")
+    if launch.rank == 0:
+        print(f"encoder  {record['arch']}, " + ("untrained" if cfg.encoder == "random" else f"epoch {record['epoch']}, {record['checkpoint']}"), flush=True)
+    with launch:
+        folder, result, accuracy = evaluate.evaluate_subject(cfg, subject, launch)
+    if launch.rank == 0:
+        import visualize  # matplotlib is needed only here
+        visualize.write_figure(folder / "accuracy.png", visualize.accuracy_figure(accuracy, result))
+        print(table(result, untrained_result(folder, result)))
+        print(f"written  {folder}/result.json, accuracy.csv, accuracy.png, linear.pth.tar after {utils.duration(result['seconds'])}")
 
 
 def untrained_result(folder: Path, result: dict[str, Any]) -> dict[str, Any] | None:

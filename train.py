@@ -3,11 +3,13 @@
     python train.py --dataset_root=ROOT/ILSVRC/Data/CLS-LOC/train --shuffle_bn      ResNet-50 at 64 px, 200 epochs
     python train.py --preset demo                                                   built-in data, minutes on a laptop
     python train.py --preset M0 --dataset_root=...                                  M0, M1, M2, M3, mocov2: see config.yaml
+    torchrun --nproc_per_node=6 train.py --dataset_root=... --shuffle_bn            six GPUs, a process each (plain python: nn.DataParallel)
     python train.py --help                                                          every flag with its default
 
 Writes output/DATASET_NAME/EXP_VERSION/: config.yaml, log.csv, loss.png, checkpoints/epoch_NNNN.pth.tar and last.pth.tar.
-Same seed, same curve: every random number comes from (seed, epoch) or (seed, step). `--resume` goes on exactly where the
-last save was; Ctrl-C and SIGTERM finish the step and save first.
+Same seed, same curve, on any number of devices: every random number comes from (seed, epoch) or (seed, step), and --bn_groups
+says how the batch is normalised. `--resume` goes on exactly where the last save was, on whatever devices; Ctrl-C and
+SIGTERM finish the step and save first.
 """
 
 import itertools
@@ -28,6 +30,7 @@ from model import ARCHS, MoCo, contrast_hits, contrastive_loss
 from utils import UserError
 
 LOG_COLUMNS = ["step", "epoch", "loss", "contrast_top1", "lr", "images_per_second"]
+AUTO_FROM_CHECKPOINT = ("bn_groups", "precision")  # on --resume auto is what it was, whatever the hardware now
 MAY_CHANGE_ON_RESUME = {"dataset_root", "output_root", "num_workers", "download", "device", "log_every", "save_weight_epoch",
                         "save_every_minutes", "resume", "overwrite"}
 QUEUE_EPOCH = 2 ** 32  # the epoch number under which images for the first queue are drawn: no training epoch is called so
@@ -35,83 +38,108 @@ QUEUE_EPOCH = 2 ** 32  # the epoch number under which images for the first queue
 
 def main(argv: list[str]) -> None:
     cfg = utils.load_config("train", argv)
-    device, dataset, recipe = set_up(cfg)
+    launch = utils.checked(parallel.launch, cfg.device)
     folder = utils.run_folder(cfg.output_root, cfg.dataset_name, cfg.exp_version)
-    utils.prepare_run_folder(folder, cfg.resume, cfg.overwrite)
     last = folder / "checkpoints" / "last.pth.tar"
-    checkpoint = load_for_resume(last, cfg, dataset) if cfg.resume and last.exists() else None
-    announce(cfg, folder, dataset, device, checkpoint)
+    checkpoint = utils.load_checkpoint(last) if cfg.resume and last.exists() else None
+    dataset, recipe = set_up(cfg, launch, checkpoint)
+    if checkpoint is not None:
+        refuse_changes(checkpoint, cfg, dataset, last)
+    if launch.rank == 0:
+        utils.prepare_run_folder(folder, cfg.resume, cfg.overwrite)
+        announce(cfg, folder, dataset, launch, checkpoint)
     cfg.resume = cfg.overwrite = False  # how this process began is no property of the run
+    with launch:
+        train(cfg, launch, folder, dataset, recipe, checkpoint)
 
+
+def train(cfg: SimpleNamespace, launch: parallel.OneDevice, folder: Path, dataset: Any, recipe: augment.Recipe,
+          checkpoint: dict[str, Any] | None) -> None:
+    """Set up the model, and the loop."""
+    device, last = launch.device, folder / "checkpoints" / "last.pth.tar"
     torch.manual_seed(utils.generator(cfg.seed, "weights").initial_seed())
     moco = MoCo(arch=cfg.arch, feature_dim=cfg.feature_dim, num_keys=cfg.num_keys, momentum=cfg.momentum,
-                temperature=cfg.temperature, bn_groups=cfg.bn_groups, mlp=cfg.mlp)
+                temperature=cfg.temperature, bn_groups=cfg.bn_groups // launch.devices, mlp=cfg.mlp)
     moco.to(device=device, dtype=parallel.precision_dtype(cfg.precision), memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(moco.encoder_q.parameters(), lr=cfg.lr, momentum=cfg.sgd_momentum,
                                 weight_decay=cfg.weight_decay, fused=device.type != "mps")
     failures = dataloader.Failures(len(dataset))
     stop = utils.StopSignal()
     steps_per_epoch = len(dataset) // cfg.batch_size
-    step, meter = 0, Meter(device)
-    if checkpoint is not None:
-        step = restore(checkpoint, moco, optimizer, meter)
-    elif cfg.queue_init == "keys":
-        fill_queue(moco, dataset, recipe, cfg, device, failures)
-    log = utils.Log(folder / "log.csv", LOG_COLUMNS, step)
-    utils.write_yaml(folder / "config.yaml", cfg)
+    meter = Meter(launch, parallel.precision_dtype(cfg.precision))
+    step = 0 if checkpoint is None else restore(checkpoint, moco, optimizer, meter)
+    launch.attach(moco, cfg.batch_size)
+    start_together(launch, step, last)
+    if checkpoint is None and cfg.queue_init == "keys":
+        fill_queue(moco, dataset, recipe, cfg, launch, failures)
+    if launch.rank == 0:
+        log = utils.Log(folder / "log.csv", LOG_COLUMNS, step)
+        utils.write_yaml(folder / "config.yaml", cfg)
 
     total = cfg.max_epoch * steps_per_epoch
     started = last_row = last_save = time.monotonic()
-    batches = dataloader.iterate(dataset, order(len(dataset), cfg, step), num_workers=cfg.num_workers, failures=failures)
+    batches = dataloader.iterate(dataset, order(len(dataset), cfg, step, launch), num_workers=cfg.num_workers, failures=failures)
     moco.train()
     for step, batch in enumerate(batches, start=step + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, (step - 1) / steps_per_epoch)
-        im_q, im_k = two_views(batch, recipe, cfg, step, device)
-        permutation = key_permutation(cfg, step, device) if cfg.shuffle_bn else None
+        im_q, im_k = two_views(batch, recipe, cfg, step, launch)
+        permutation = key_permutation(cfg, step) if cfg.shuffle_bn else None
         with parallel.autocast(cfg.precision, device):
             logits, labels, keys = moco(im_q, im_k, shuffle=permutation)
-        loss = contrastive_loss(logits, labels)
+        loss = contrastive_loss(logits, labels) * launch.weight()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         moco.enqueue(keys)  # after the backward pass, which needs the queue as it was
-        meter.add(loss, contrast_hits(logits), len(keys))
+        meter.add(loss, contrast_hits(logits), cfg.batch_size)
 
+        logs = step % cfg.log_every == 0 or step == total
         epoch_ends = step % steps_per_epoch == 0
         keep = epoch_ends and (step // steps_per_epoch % cfg.save_weight_epoch == 0 or step == total)
-        if step % cfg.log_every == 0 or step == total:  # the only places where a number leaves the device: here and before a save
+        due = time.monotonic() - last_save > 60 * cfg.save_every_minutes
+        stopped, due = launch.agreed([stop.received or 0, due], meeting=logs)
+        if logs or keep or stopped or due:  # the only places where a number leaves the device
+            means = meter.read(step, last)  # a loss that is not finite stops here, before it reaches a checkpoint
+        if logs:
             now = time.monotonic()
-            row = {"step": step, "epoch": (step - 1) // steps_per_epoch + 1, **meter.read(step, last), "lr": optimizer.param_groups[0]["lr"],
+            row = {"step": step, "epoch": (step - 1) // steps_per_epoch + 1, **means, "lr": optimizer.param_groups[0]["lr"],
                    "images_per_second": meter.images / (now - last_row)}
-            log.append(row)
-            report(row, cfg, total)
+            if launch.rank == 0:
+                log.append(row)
+                report(row, cfg, total)
             meter.reset()
             last_row = now
-        if keep or stop.received or step == total or time.monotonic() - last_save > 60 * cfg.save_every_minutes:
-            meter.read(step, last)  # a loss that is not finite stops here, before it reaches a checkpoint
+        if keep or stopped or step == total or due:
             content = snapshot(cfg, step, steps_per_epoch, moco, optimizer, meter, len(dataset))
-            if keep:
-                utils.save_checkpoint(folder / "checkpoints" / f"epoch_{step // steps_per_epoch:04d}.pth.tar", content)
-            utils.save_checkpoint(last, content)
+            if launch.rank == 0:
+                if keep:
+                    utils.save_checkpoint(folder / "checkpoints" / f"epoch_{step // steps_per_epoch:04d}.pth.tar", content)
+                utils.save_checkpoint(last, content)
             last_save = time.monotonic()
-        if stop.received and step < total:
-            print(f"stopped by signal {stop.received} after step {step}: saved; continue with --resume", flush=True)
-            sys.exit(128 + stop.received)
-    finish(folder, cfg, time.monotonic() - started)
+        if stopped and step < total:
+            if launch.rank == 0:
+                print(f"stopped by signal {stopped} after step {step}: saved; continue with --resume", flush=True)
+            sys.exit(128 + stopped)
+    if launch.rank == 0:
+        finish(folder, cfg, time.monotonic() - started)
 
 
-def set_up(cfg: SimpleNamespace) -> tuple[torch.device, Any, augment.Recipe]:
+def set_up(cfg: SimpleNamespace, launch: parallel.OneDevice, checkpoint: dict[str, Any] | None) -> tuple[Any, augment.Recipe]:
     """Check what the flags mean together, replace every `auto` in cfg, open the data: all errors come before any work."""
     if cfg.dataset_root is None:
         raise UserError("--dataset_root is missing: give a folder of images, or the word shapes for the built-in data set")
-    device = utils.checked(parallel.pick_device, cfg.device)
-    cfg.device, cfg.precision = str(device), utils.checked(parallel.pick_precision, cfg.precision, device)
+    if cfg.download and isinstance(launch, parallel.Processes):
+        raise UserError("--download is for one process: run the same command with plain python first, and stop it when it trains")
+    for name in AUTO_FROM_CHECKPOINT:  # what other hardware would choose otherwise
+        if checkpoint is not None and getattr(cfg, name) == "auto":
+            setattr(cfg, name, checkpoint.get("config", {}).get(name, "auto"))
+    cfg.device, cfg.precision = launch.device.type, utils.checked(parallel.pick_precision, cfg.precision, launch.device)
     if len(cfg.crop_scale) != 2 or not 0 < cfg.crop_scale[0] <= cfg.crop_scale[1]:
         raise UserError(f"--crop_scale {cfg.crop_scale} must be two areas in rising order, above 0, such as 0.2 1")
     if len(cfg.mean) != 3 or len(cfg.std) != 3:
         raise UserError(f"--mean {cfg.mean} and --std {cfg.std} must have three numbers each")
-    cfg.bn_groups = utils.checked(parallel.resolve_bn_groups, cfg.bn_groups, cfg.batch_size)
+    cfg.bn_groups = utils.checked(parallel.resolve_bn_groups, cfg.bn_groups, cfg.batch_size, launch.devices)
     if cfg.arch not in ARCHS:
         raise UserError(f"--arch {cfg.arch!r} is not known: choose one of {', '.join(ARCHS)}")
     dataset = dataloader.open_dataset(cfg.dataset_root, "pretrain", view="square", resize=cfg.resize, crop=cfg.crop, download=cfg.download)
@@ -121,36 +149,47 @@ def set_up(cfg: SimpleNamespace) -> tuple[torch.device, Any, augment.Recipe]:
                         f"itself as a negative: use at most {len(dataset)}")
     if cfg.batch_size > len(dataset):
         raise UserError(f"--batch_size {cfg.batch_size} is larger than the data set ({len(dataset)} images)")
-    if cfg.shuffle_bn and cfg.bn_groups == 1:
+    if cfg.shuffle_bn and cfg.bn_groups == 1 and launch.rank == 0:
         print("warning: --shuffle_bn has no effect with one batch-norm group (--bn_groups 1)", file=sys.stderr)
     if cfg.pixel_boxes and dataset.native != cfg.resize:
         raise UserError(f"--pixel_boxes needs a data set of one size kept at that size, not {dataset.name} at --resize {cfg.resize}: leave it out")
     recipe = augment.recipe("v2" if cfg.aug_plus else "v1", cfg.crop, scale=tuple(cfg.crop_scale), grayscale=cfg.grayscale,
                             grid=cfg.resize if cfg.pixel_boxes else 0, mean=tuple(cfg.mean), std=tuple(cfg.std))
-    return device, dataset, recipe
+    return dataset, recipe
 
 
-def order(n: int, cfg: SimpleNamespace, step: int) -> Any:
-    """The batches (index tensors) of the run from after `step` to its end."""
-    per_epoch = n // cfg.batch_size
-    return itertools.chain.from_iterable(
+def start_together(launch: parallel.OneDevice, step: int, last: Path) -> None:
+    """UserError unless all processes begin at the same step, as they do if they see the same checkpoint."""
+    lowest, highest = launch.agreed([-step, step])
+    if -lowest != highest:
+        raise UserError(f"{str(last)!r} is not the same for all processes: --output_root must be on a file system that all machines share")
+
+
+def order(n: int, cfg: SimpleNamespace, step: int, launch: parallel.OneDevice) -> Any:
+    """This process's rows of the batches (index tensors) of the run, from after `step` to its end."""
+    per_epoch, rows = n // cfg.batch_size, launch.rows(cfg.batch_size)
+    batches = itertools.chain.from_iterable(
         dataloader.epoch_batches(n, cfg.batch_size, cfg.seed, epoch, start=step - epoch * per_epoch if epoch == step // per_epoch else 0)
         for epoch in range(step // per_epoch, cfg.max_epoch))
+    return (batch[rows] for batch in batches)
 
 
 def two_views(batch: dataloader.Batch, recipe: augment.Recipe, cfg: SimpleNamespace, step: int,
-              device: torch.device, streams: tuple[str, ...] = ("query", "key")) -> list[torch.Tensor]:
-    """Views (N, 3, crop, crop) of a batch, one for each stream of random numbers."""
-    images, dtype = batch.images.to(device, non_blocking=True), parallel.precision_dtype(cfg.precision)
+              launch: parallel.OneDevice, streams: tuple[str, ...] = ("query", "key")) -> list[torch.Tensor]:
+    """Views (n, 3, crop, crop) of this process's rows of a batch, one for each stream of random numbers, which are those of the whole batch."""
+    images, dtype, rows = batch.images.to(launch.device, non_blocking=True), parallel.precision_dtype(cfg.precision), launch.rows(cfg.batch_size)
+    aspect = torch.ones(cfg.batch_size)
+    aspect[rows] = batch.aspect
     views = []
     for stream in streams:
-        params = augment.draw(batch.aspect, recipe, utils.generator(cfg.seed, stream, step))
+        params = augment.draw(aspect, recipe, utils.generator(cfg.seed, stream, step)).rows(rows)
         views.append(augment.augment(images, params, recipe, dtype).contiguous(memory_format=torch.channels_last))
     return views
 
 
-def key_permutation(cfg: SimpleNamespace, step: int, device: torch.device) -> torch.Tensor:
-    return torch.randperm(cfg.batch_size, generator=utils.generator(cfg.seed, "shuffle", step)).to(device)
+def key_permutation(cfg: SimpleNamespace, step: int) -> torch.Tensor:
+    """The permutation of the keys of the global batch (N,), on the CPU."""
+    return torch.randperm(cfg.batch_size, generator=utils.generator(cfg.seed, "shuffle", step))
 
 
 def learning_rate(cfg: SimpleNamespace, epoch: float) -> float:
@@ -160,36 +199,37 @@ def learning_rate(cfg: SimpleNamespace, epoch: float) -> float:
     return cfg.lr * 0.1 ** sum(epoch >= milestone for milestone in cfg.schedule)
 
 
-def fill_queue(moco: MoCo, dataset: Any, recipe: augment.Recipe, cfg: SimpleNamespace, device: torch.device,
+def fill_queue(moco: MoCo, dataset: Any, recipe: augment.Recipe, cfg: SimpleNamespace, launch: parallel.OneDevice,
                failures: dataloader.Failures) -> None:
     """Start the queue with keys of real images (`queue_init: keys`), from streams of their own."""
     needed = math.ceil(cfg.num_keys / cfg.batch_size)
     epochs = (dataloader.epoch_batches(len(dataset), cfg.batch_size, cfg.seed, QUEUE_EPOCH + i) for i in itertools.count())
-    batches = list(itertools.islice(itertools.chain.from_iterable(epochs), needed))
+    rows = launch.rows(cfg.batch_size)
+    batches = [batch[rows] for batch in itertools.islice(itertools.chain.from_iterable(epochs), needed)]
     loader = dataloader.iterate(dataset, batches, num_workers=cfg.num_workers, failures=failures)
     moco.train()
-    for i, batch in enumerate(utils.progress(loader, "first queue", total=needed)):
-        with parallel.autocast(cfg.precision, device):
-            moco.fill_queue(*two_views(batch, recipe, cfg, i, device, streams=("queue",)))
+    for i, batch in enumerate(utils.progress(loader, "first queue", total=needed, show=launch.rank == 0)):
+        with parallel.autocast(cfg.precision, launch.device):
+            moco.fill_queue(*two_views(batch, recipe, cfg, i, launch, streams=("queue",)))
 
 
 class Meter:
-    """Sums since the last row of the log, kept on the device."""
+    """Sums since the last row of the log, kept on the device of each process."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, launch: parallel.OneDevice, dtype: torch.dtype) -> None:
+        self.launch, self.dtype = launch, dtype
         self.reset()
 
     def reset(self) -> None:
-        self.sums, self.steps, self.images = torch.zeros(2, device=self.device), 0, 0  # loss, contrast hits
+        self.sums, self.steps, self.images = torch.zeros(2, dtype=self.dtype, device=self.launch.device), 0, 0  # loss, contrast hits
 
     def add(self, loss: torch.Tensor, hits: torch.Tensor, images: int) -> None:
-        self.sums += torch.stack([loss.detach().float(), hits.float()])
+        self.sums += torch.stack([loss.detach() / self.launch.processes, hits])
         self.steps, self.images = self.steps + 1, self.images + images
 
     def read(self, step: int, last: Path) -> dict[str, float]:
-        """Mean loss and contrast accuracy in percent; UserError if the loss was not finite."""
-        loss, hits = self.sums.tolist()
+        """Mean loss and contrast accuracy in percent, over all processes; UserError if the loss was not finite."""
+        loss, hits = self.launch.total(self.sums).tolist()
         if not math.isfinite(loss):
             where = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
             raise UserError(f"the loss was not finite in one of the {self.steps} steps up to {step}: {where}; try a lower --lr")
@@ -198,16 +238,15 @@ class Meter:
 
 def snapshot(cfg: SimpleNamespace, step: int, steps_per_epoch: int, moco: MoCo, optimizer: torch.optim.Optimizer, meter: Meter,
              images: int) -> dict[str, Any]:
-    """All that an exact continuation needs; state_dict under the reference's keys (module.encoder_q.*, module.queue)."""
+    """All that an exact continuation needs, on any launch; state_dict under the reference's keys (module.encoder_q.*, module.queue)."""
     return {"epoch": step // steps_per_epoch, "step": step, "arch": cfg.arch,
-            "state_dict": {f"module.{name}": value for name, value in moco.state_dict().items()},
+            "state_dict": {f"module.{name}": value for name, value in moco.launch.state_dict(moco).items()},
             "optimizer": optimizer.state_dict(), "config": vars(cfg), "images": images,
-            "meter": {"sums": meter.sums, "steps": meter.steps, "images": meter.images}, "provenance": utils.provenance()}
+            "meter": {"sums": moco.launch.total(meter.sums), "steps": meter.steps, "images": meter.images}, "provenance": utils.provenance()}
 
 
-def load_for_resume(path: Path, cfg: SimpleNamespace, dataset: Any) -> dict[str, Any]:
-    """The last checkpoint; UserError if the run that wrote it was another one."""
-    checkpoint = utils.load_checkpoint(path)
+def refuse_changes(checkpoint: dict[str, Any], cfg: SimpleNamespace, dataset: Any, path: Path) -> None:
+    """UserError if the run that wrote the checkpoint was another one than cfg's."""
     old, new = checkpoint.get("config", {}), vars(cfg)
     free = MAY_CHANGE_ON_RESUME | (set() if cfg.cosine else {"max_epoch"})
     changed = [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in new if name not in free and old.get(name) != new[name]]
@@ -215,7 +254,6 @@ def load_for_resume(path: Path, cfg: SimpleNamespace, dataset: Any) -> dict[str,
         changed.append(f"images {checkpoint.get('images')} -> {len(dataset)}")
     if changed:
         raise UserError(f"--resume with other settings than those of {path}: {'; '.join(changed)}: go back to them, or name another --exp_version")
-    return checkpoint
 
 
 def restore(checkpoint: dict[str, Any], moco: MoCo, optimizer: torch.optim.Optimizer, meter: Meter) -> int:
@@ -223,16 +261,20 @@ def restore(checkpoint: dict[str, Any], moco: MoCo, optimizer: torch.optim.Optim
     moco.load_state_dict({name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()})
     optimizer.load_state_dict(checkpoint["optimizer"])
     saved = checkpoint["meter"]
-    meter.sums, meter.steps, meter.images = saved["sums"].to(meter.device), saved["steps"], saved["images"]
+    meter.steps, meter.images = saved["steps"], saved["images"]
+    if meter.launch.rank == 0:  # the sums of all processes
+        meter.sums = saved["sums"].to(meter.sums)
     return checkpoint["step"]
 
 
-def announce(cfg: SimpleNamespace, folder: Path, dataset: Any, device: torch.device, checkpoint: dict[str, Any] | None) -> None:
+def announce(cfg: SimpleNamespace, folder: Path, dataset: Any, launch: parallel.OneDevice, checkpoint: dict[str, Any] | None) -> None:
     made_by = utils.provenance()
-    print(f"MoCo, commit {made_by['commit']}{' (changed)' if made_by['changed'] else ''}, torch {made_by['torch']}, {device}, {cfg.precision}")
+    print(f"MoCo, commit {made_by['commit']}{' (changed)' if made_by['changed'] else ''}, torch {made_by['torch']}, {launch.name}, {cfg.precision}")
     print(utils.describe(cfg, "configuration"))
     print(f"data: {len(dataset):,} images ({dataset.name}), stored at {dataset.resize} px, views of {cfg.crop} px; "
           f"chance loss log(K+1) = {math.log(cfg.num_keys + 1):.2f}")
+    if launch.note:
+        print(f"note: {launch.note}")
     if cfg.resume:
         print(f"resumed after step {checkpoint['step']}" if checkpoint else "nothing to resume: a fresh start")
     print(f"run: {folder}", flush=True)

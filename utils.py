@@ -41,10 +41,13 @@ class UserError(Exception):
 
 def main_guard(main: Callable[[list[str]], None]) -> None:
     """Run a script's `main`; a UserError becomes one line on stderr and exit status 2."""
+    rank = os.environ.get("RANK", "0")  # of this process, under torchrun
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if rank != "0":
+            time.sleep(2)  # if the first process stops for the same reason, torchrun ends this one before it says it again
+        print(f"error: {f'process {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -378,8 +381,11 @@ class Log:
 
 # ---------------------------------------------------------------------------------------------------------- what a run shows
 
-def progress(iterable: Iterable, desc: str, total: int | None = None, every_s: float = 20.0) -> Iterator:
-    """A tqdm bar on a terminal; elsewhere a line every `every_s` seconds, and none for what is done sooner."""
+def progress(iterable: Iterable, desc: str, total: int | None = None, every_s: float = 20.0, show: bool = True) -> Iterator:
+    """A tqdm bar on a terminal; elsewhere a line every `every_s` seconds, and none for what is done sooner. `show` False: nothing."""
+    if not show:
+        yield from iterable
+        return
     if sys.stderr.isatty():
         yield from tqdm(iterable, desc=desc, total=total, leave=False, dynamic_ncols=True)
         return

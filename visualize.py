@@ -24,6 +24,7 @@ from matplotlib.ticker import MaxNLocator
 
 import dataloader
 import evaluate
+import parallel
 import utils
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; a version keeps its colour in every figure
@@ -37,6 +38,9 @@ def main(argv: list[str]) -> None:
     if cfg.pretrained is not None or cfg.encoder == "random":
         flag = "--encoder random" if cfg.encoder == "random" else f"--pretrained {cfg.pretrained!r}"
         raise utils.UserError(f"{flag} is for test.py: name runs with --multiple_encoder_exp_version")
+    launch = utils.checked(parallel.launch, cfg.device)
+    if launch.processes > 1:
+        raise utils.UserError("visualize.py runs as one process: evaluate with torchrun and test.py first, its results are reused")
     versions = [cfg.encoder_exp_version] if cfg.multiple_encoder_exp_version == ["auto"] else list(dict.fromkeys(cfg.multiple_encoder_exp_version))
     epochs = [] if "none" in cfg.multiple_pretrained_epoch else sorted(set(cfg.multiple_pretrained_epoch))
     runs = {version: utils.run_folder(cfg.encoder_output_root, cfg.encoder_dataset_name, version) for version in versions}
@@ -50,14 +54,14 @@ def main(argv: list[str]) -> None:
     evaluate.check_writable(results)
 
     write_figure(results / "loss.png", loss_figure(logs))
-    found = {version: accuracy_of(cfg, version, cfg.load_pretrained_epoch, dataset) for version in versions}
+    found = {version: accuracy_of(cfg, launch, version, cfg.load_pretrained_epoch, dataset) for version in versions}
     untrained = random_result(runs, found)
     curves = {version: accuracy for version, (_, accuracy) in found.items()}
     write_figure(results / "accr_model_compare.png",
                  accuracy_by_version_figure(curves, untrained[1] if untrained else None, one_dataset(found)))
     print(summary(found, untrained))
     if epochs:
-        found = {epoch: accuracy_of(cfg, cfg.encoder_exp_version, epoch, dataset) for epoch in epochs}
+        found = {epoch: accuracy_of(cfg, launch, cfg.encoder_exp_version, epoch, dataset) for epoch in epochs}
         curves = {epoch: accuracy for epoch, (_, accuracy) in found.items()}
         figure = accuracy_by_epoch_figure(curves, f"{cfg.encoder_exp_version} on {one_dataset(found)}")
         write_figure(results / "accr_epoch_compare.png", figure)
@@ -88,7 +92,8 @@ def read_loss(folder: Path) -> dict[str, Any]:
     return log
 
 
-def accuracy_of(cfg: SimpleNamespace, version: str, epoch: int | None, dataset: str | None) -> tuple[dict[str, Any], torch.Tensor]:
+def accuracy_of(cfg: SimpleNamespace, launch: parallel.OneDevice, version: str, epoch: int | None,
+                dataset: str | None) -> tuple[dict[str, Any], torch.Tensor]:
     """Result and accuracy (trials, epochs) of a checkpoint: the stored one, or a new evaluation that stores its own."""
     cfg = SimpleNamespace(**vars(cfg) | {"encoder_exp_version": version, "load_pretrained_epoch": epoch})
     subject = evaluate.load_subject(cfg)
@@ -100,7 +105,7 @@ def accuracy_of(cfg: SimpleNamespace, version: str, epoch: int | None, dataset: 
         raise utils.UserError(f"{str(subject.home / subject.stem)!r} has no result with these settings and {cfg.trials} trials: "
                               "give --dataset_root, so that it can be evaluated")
     print(f"{version}, epoch {subject.record['epoch']}: evaluating", flush=True)
-    folder, result, accuracy = evaluate.evaluate_subject(cfg, subject)
+    folder, result, accuracy = evaluate.evaluate_subject(cfg, subject, launch)
     write_figure(folder / "accuracy.png", accuracy_figure(accuracy, result))
     return result, accuracy
 

@@ -28,7 +28,7 @@ def run(script: str, *flags: object) -> Done:
     sys.argv = [script, *map(str, flags)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            utils.main_guard(_module(script).main)
+            utils.main_guard(script_module(script).main)
     except SystemExit as stop:
         code = stop.code
     finally:
@@ -38,7 +38,7 @@ def run(script: str, *flags: object) -> Done:
     return Done(code or 0, out.getvalue(), err.getvalue())
 
 
-def _module(script: str) -> ModuleType:
+def script_module(script: str) -> ModuleType:
     """The script by its file, since `import test` means a module of Python's own."""
     name = Path(script).stem
     spec = importlib.util.spec_from_file_location(f"script_{name}", Path(utils.__file__).with_name(f"{name}.py"))

@@ -17,6 +17,7 @@ from scripts import run
 import dataloader
 import evaluate
 import model
+import parallel
 import utils
 
 
@@ -181,7 +182,7 @@ def image_batches(n: int = 10, size: int = 4) -> list[dataloader.Batch]:
     return [dataloader.Batch(images=part, aspect=torch.ones(len(part)), labels=torch.arange(len(part)), failed=[]) for part in images.split(size)]
 
 
-MEAN, STD, CPU = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3], torch.device("cpu")
+MEAN, STD, CPU = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3], parallel.OneDevice()
 
 
 def test_features_are_those_of_eval_mode_whatever_the_batches() -> None:

@@ -267,7 +267,7 @@ def test_groups_that_do_not_fit_are_refused_with_advice(batch: int, groups):
 
 
 def test_uneven_groups_follow_chunk():
-    assert parallel.group_sizes(256, 6) == [43] * 5 + [41]
+    assert parallel.shares(256, 6) == [43] * 5 + [41]
 
 
 def test_bf16_computes_the_logits_in_float32():

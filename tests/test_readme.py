@@ -3,6 +3,8 @@
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,8 @@ SMALL = {"train": ["--arch=resnet18", "--crop=16", "--resize=16", "--feature_dim
 def commands() -> list[str]:
     """The commands in the README's code blocks and tables: `python SCRIPT.py ...`, with the flags of continued lines."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    found = re.findall(r"(?:CUDA_VISIBLE_DEVICES=\S+ )?python (?:train|test|visualize)\.py[^`\n|#]*", text)
-    return list(dict.fromkeys(" ".join(command.split()) for command in found if "--help" not in command))
+    found = re.findall(r"(?:CUDA_VISIBLE_DEVICES=\S+ )?(?:python|torchrun --nproc_per_node=\d) (?:train|test|visualize)\.py[^`\n|#]*", text)
+    return list(dict.fromkeys(" ".join(command.split()) for command in found if "--help" not in command and not command.rstrip().endswith(" ...")))
 
 
 def test_the_readme_has_the_commands_of_the_original():
@@ -30,7 +32,7 @@ def test_the_readme_has_the_commands_of_the_original():
     for part in ("train.py --dataset_root=ROOT/ILSVRC/Data/CLS-LOC/train --shuffle_bn", "--exp_version=M0 --momentum=0 --shuffle_bn",
                  "test.py --dataset_root=ROOT/STL-10 --load_pretrained_epoch=100", "--multiple_encoder_exp_version M1 M2 M3"):
         assert part in text, part
-    assert len(commands()) >= 10
+    assert len(commands()) >= 10 and sum(command.startswith("torchrun") for command in commands()) == 2
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +45,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+def torchrun(script: Path, *flags: str) -> subprocess.CompletedProcess:
+    """On two processes, however many the README names."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
 def test_each_command_works(place: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(place)
     order = {"train": 0, "test": 1, "visualize": 2}
     for command in sorted(commands(), key=lambda c: order[re.search(r"(\w+)\.py", c)[1]]):
-        words = [word for word in shlex.split(command) if not word.startswith("CUDA_VISIBLE_DEVICES")]
+        words = [word for word in shlex.split(command) if not word.startswith(("CUDA_VISIBLE_DEVICES", "--nproc_per_node"))]
         script, flags = words[1].removesuffix(".py"), [w.replace("=...", "=ROOT/ILSVRC/Data/CLS-LOC/train") for w in words[2:]]
         flags += SMALL[script] + (["--overwrite"] if script == "train" and "--resume" not in flags else [])
-        done = run(script, *flags)
+        done = run(script, *flags) if words[0] == "python" else torchrun(ROOT / words[1], *flags)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         for last in place.glob("output/*/*/checkpoints/last.pth.tar"):  # the epochs that the README names
             for epoch in (20, 40, 60, 100):
