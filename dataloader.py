@@ -192,11 +192,15 @@ def _size(path: Path, name: str) -> int:
 
 
 def _fetch_stl10(root: str) -> None:
-    """Download STL-10 (2.6 GB) unless it is there, or another data set is."""
+    """Download STL-10 (2.6 GB) unless it is there; UserError if another data set is."""
     folder = Path(root).parent if Path(root).name == "stl10_binary" else Path(root)
+    other = ""
     with contextlib.suppress(UserError):
-        if detect(root) != "stl10":
-            return
+        kind = detect(root)
+        if kind != "stl10":
+            other = f"--download fetches STL-10, but --dataset_root {root!r} is another data set ({kind}): leave --download out"
+    if other:
+        raise UserError(other)
     try:
         torchvision.datasets.STL10(folder, split="train", download=True)  # checks what is there first
     except Exception as error:  # torchvision raises what urllib, tarfile and the disk raise

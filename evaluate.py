@@ -27,6 +27,8 @@ import model
 import parallel
 import utils
 
+SAME_MEASURE = ("dataset", "train_images", "test_images", "arch", "crop", "asked_resize", "precision", "protocol", "linear_epochs", "linear_lrs",
+                "linear_batch_size", "linear_mirror", "asked_knn_k", "knn_temperature", "knn_weighted", "seed")
 BLOCK = 1 << 24  # numbers in the largest temporary matrix: 64 MB of float32
 
 
@@ -76,9 +78,9 @@ def extract_features(encoder: nn.Module, batches: Iterable[dataloader.Batch], me
 # ---------------------------------------------------------------------------------------------------------------------------- kNN
 
 @torch.no_grad()
-def knn_accuracy(train_features: torch.Tensor, train_labels: torch.Tensor, test_features: torch.Tensor, test_labels: torch.Tensor,
-                 k: int = 200, temperature: float = 0.07, weighted: bool = True) -> float:
-    """Top-1 in percent of a vote of the k nearest training features by cosine, on the device of `train_features` (n, D).
+def knn_hits(train_features: torch.Tensor, train_labels: torch.Tensor, test_features: torch.Tensor, test_labels: torch.Tensor,
+             k: int = 200, temperature: float = 0.07, weighted: bool = True) -> int:
+    """How many test images a vote of the k nearest training features by cosine gets right, on the device of `train_features` (n, D).
 
     A neighbour of similarity s has weight exp(s / temperature) (Wu et al. 2018, arXiv:1805.01978, section 3.4), or 1 if not `weighted`;
     a draw goes to the lower class. Raises ValueError unless 1 <= k <= n.
@@ -95,7 +97,7 @@ def knn_accuracy(train_features: torch.Tensor, train_labels: torch.Tensor, test_
         weights = torch.exp((similarity - similarity[:, :1]) / temperature) if weighted else torch.ones_like(similarity)
         votes = weights.new_zeros(len(rows), classes).scatter_add_(1, bank_labels[nearest], weights)
         hits += int((votes.argmax(dim=1).cpu() == test_labels[rows]).sum())
-    return 100.0 * hits / len(test_features)
+    return hits
 
 
 # -------------------------------------------------------------------------------------------------------------- linear classifier
@@ -213,6 +215,8 @@ def linear_evaluation(views: torch.Tensor, labels: torch.Tensor, test_features: 
         heldout = {f"{lr:g}": round(float(top1), 4) for lr, top1 in zip(lrs, chosen[0, :, -1])}
         best = float(lrs[int(chosen[0, :, -1].argmax())])
     weight, bias, accuracy = train_linear(views, labels, test_features, test_labels, lrs=[best], trials=range(trials), **options)
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        raise utils.UserError(f"the linear classifier diverged at learning rate {best:g}: give smaller --linear_lrs")
     last = [float(top1) for top1 in accuracy[:, 0, -1]]
     return {"linear_top1": statistics.fmean(last), "linear_top1_std": statistics.stdev(last) if trials > 1 else 0.0, "trials": last,
             "learning_rate": best, "heldout_top1": heldout, "accuracy": accuracy[:, 0], "weight": weight[:, 0].cpu(), "bias": bias[:, 0].cpu()}
@@ -245,6 +249,8 @@ def load_subject(cfg: SimpleNamespace) -> Subject:
             other = "--encoder random" if untrained else f"--load_pretrained_epoch {cfg.load_pretrained_epoch}"
             raise utils.UserError(f"--pretrained {cfg.pretrained!r} and {other} contradict each other: give one")
         path, home = Path(cfg.pretrained), Path(cfg.encoder_output_root) / "eval"
+    elif untrained and cfg.load_pretrained_epoch is not None:
+        raise utils.UserError(f"--encoder random and --load_pretrained_epoch {cfg.load_pretrained_epoch} contradict each other: give one")
     elif not untrained or any(run.glob("checkpoints/*.pth.tar")):
         path = utils.checkpoint_path(run, cfg.load_pretrained_epoch)
     checkpoint = utils.load_checkpoint(path) if path else {}
@@ -258,7 +264,7 @@ def load_subject(cfg: SimpleNamespace) -> Subject:
         encoder, stem = untrained_encoder(arch, config), "random"
     else:
         encoder = utils.checked(model.encoder_from_state, arch, checkpoint["state_dict"], config["feature_dim"], config["mlp"])
-        stem = re.sub(r"(\.(pth|pt|tar))+$", "", path.name) if cfg.pretrained is not None else f"epoch_{epoch:04d}"
+        stem = re.sub(r"(\.(pth|pt|tar))+$", "", path.name) if epoch is None or cfg.pretrained is not None else f"epoch_{epoch:04d}"
     record = {"encoder": cfg.encoder, "arch": arch, "checkpoint": None if untrained else str(path), "epoch": epoch,
               "step": None if untrained else checkpoint.get("step")}
     return Subject(encoder=model.backbone(encoder), home=home, stem=stem, foreign=cfg.pretrained is not None,
@@ -278,6 +284,11 @@ def data_name(root: str) -> str:
     return re.sub(r"[^\w.]+", "_", Path(root).resolve().name) or kind if kind in ("folders", "classes") else kind
 
 
+def data_path(root: str) -> str:
+    """The place of a data set, the same from wherever it is named."""
+    return root if root == "shapes" else str(Path(root).resolve())
+
+
 def result_folder(subject: Subject, dataset: str, protocol: str) -> Path:
     """`home`/`stem`, or `home`/`stem`-DATASET-PROTOCOL if the former holds the result of another data set or protocol.
 
@@ -295,17 +306,23 @@ def result_folder(subject: Subject, dataset: str, protocol: str) -> Path:
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """The result.json of a folder, or None where there is none that can be read."""
+    """The result.json of a folder, or None where there is none that is whole."""
     try:
-        return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        return result if isinstance(result, dict) and {*SAME_MEASURE, "linear_top1", "knn_top1", "trials", "encoder", "epoch"} <= result.keys() else None
     except (OSError, ValueError):
         return None
 
 
 def settings(cfg: SimpleNamespace, subject: Subject) -> dict[str, Any]:
-    """What two results must share to be the same measurement, apart from the data set and the number of trials."""
-    names = ("protocol", "linear_epochs", "linear_lrs", "linear_batch_size", "linear_mirror", "precision", "seed")
-    return {name: getattr(cfg, name) for name in names} | {"crop": subject.crop, "asked_resize": cfg.resize} | subject.record
+    """What makes a result: how it is measured, apart from the data set, and the encoder."""
+    names = ("protocol", "linear_epochs", "linear_lrs", "linear_batch_size", "linear_mirror", "knn_temperature", "knn_weighted", "precision", "seed")
+    return {name: getattr(cfg, name) for name in names} | {"asked_knn_k": cfg.knn_k, "asked_resize": cfg.resize, "crop": subject.crop} | subject.record
+
+
+def same_measure(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two results, of whatever encoders, were measured in the same way on the same data."""
+    return all(a[name] == b[name] for name in SAME_MEASURE)
 
 
 def evaluate_subject(cfg: SimpleNamespace, subject: Subject, launch: parallel.OneDevice) -> tuple[Path, dict[str, Any], torch.Tensor]:
@@ -329,25 +346,25 @@ def evaluate_subject(cfg: SimpleNamespace, subject: Subject, launch: parallel.On
     folder = result_folder(subject, data_name(cfg.dataset_root), cfg.protocol)
     k = min(cfg.knn_k, len(train))
     if first:
-        check_writable(folder)
+        check_writable(folder, "--encoder_output_root")
     if first and k < cfg.knn_k:
         print(f"warning: --knn_k {cfg.knn_k} is more than the {len(train)} training images: k = {k}", file=sys.stderr)
     if first:
-        print(f"data     {train.name}: {len(train):,} training and {len(test):,} test images, {len(train.classes)} classes, "
+        print(f"note     {launch.note}\n" * bool(launch.note) + f"data     {train.name}: {len(train):,} training and {len(test):,} test images, {len(train.classes)} classes, "
               f"shorter side {train.resize} px, crop {subject.crop} px ({launch.name}, {precision})", flush=True)
     subject.encoder.to(device=device, dtype=parallel.precision_dtype(precision), memory_format=torch.channels_last)
     launch.wrap(subject.encoder.requires_grad_(False))
     views, labels = dataset_features(train, cfg, subject, launch, precision, mirror=cfg.linear_mirror)
     test_features, test_labels = dataset_features(test, cfg, subject, launch, precision, mirror=False)
-    views = views.to(device) if cfg.linear_mirror else views[None].to(device)
+    views = (views if cfg.linear_mirror else views[None]).to(launch.float64_device)
     own = launch.rows(len(test))
-    share = knn_accuracy(views[0], labels, test_features[own], test_labels[own], k=k, temperature=cfg.knn_temperature, weighted=cfg.knn_weighted)
-    knn = 100.0 * int(launch.total(torch.tensor(round(share * len(test_labels[own]) / 100), device=device))) / len(test)
+    hits = knn_hits(views[0], labels, test_features[own], test_labels[own], k=k, temperature=cfg.knn_temperature, weighted=cfg.knn_weighted)
+    knn = 100.0 * int(launch.total(torch.tensor(hits, device=device))) / len(test)
     linear = linear_evaluation(views, labels, test_features, test_labels, epochs=cfg.linear_epochs, lrs=cfg.linear_lrs,
                                trials=cfg.trials, seed=cfg.seed, batch_size=cfg.linear_batch_size)
     scores = {name: linear[name] for name in ("linear_top1", "linear_top1_std", "trials", "learning_rate", "heldout_top1")}
-    result = {"linear_top1": scores.pop("linear_top1"), "knn_top1": knn, **scores, "knn_k": k, "knn_temperature": cfg.knn_temperature,
-              "knn_weighted": cfg.knn_weighted, "dataset": data_name(cfg.dataset_root), "dataset_root": cfg.dataset_root,
+    result = {"linear_top1": scores.pop("linear_top1"), "knn_top1": knn, **scores, "knn_k": k, "dataset": data_name(cfg.dataset_root),
+              "dataset_root": data_path(cfg.dataset_root),
               "train_images": len(train), "test_images": len(test), "classes": len(train.classes), "resize": train.resize,
               **settings(cfg, subject), "seconds": round(time.monotonic() - start, 1), "provenance": utils.provenance()}
     if first:
@@ -355,14 +372,14 @@ def evaluate_subject(cfg: SimpleNamespace, subject: Subject, launch: parallel.On
     return folder, result, linear["accuracy"]
 
 
-def check_writable(folder: Path) -> None:
-    """UserError now, before the work, if the folder could not be made or written; leaves nothing behind."""
+def check_writable(folder: Path, flag: str) -> None:
+    """UserError now, before the work, if the folder that a flag names could not be made or written; leaves nothing behind."""
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise utils.UserError(f"{str(folder)!r} cannot be written: {error.strerror}: choose another --encoder_output_root") from None
+        raise utils.UserError(f"{str(folder)!r} cannot be written: {error.strerror}: choose another {flag}") from None
 
 
 def dataset_features(dataset: Any, cfg: SimpleNamespace, subject: Subject, launch: parallel.OneDevice, precision: str,
@@ -371,7 +388,7 @@ def dataset_features(dataset: Any, cfg: SimpleNamespace, subject: Subject, launc
     own = torch.arange(len(dataset))[launch.rows(len(dataset))]
     order = list(own.split(cfg.eval_batch_size))
     loader = dataloader.iterate(dataset, order, num_workers=cfg.num_workers, failures=dataloader.Failures(len(dataset)))
-    batches = utils.progress(loader, "features", total=len(order), show=launch.rank == 0)
+    batches = utils.progress(loader, "features", total=len(order))
     features, labels = extract_features(subject.encoder, batches, subject.mean, subject.std, launch, mirror=mirror, precision=precision)
     features = launch.gather(features.movedim(-2, 0), len(dataset)).movedim(0, -2)
     if not features.isfinite().all():

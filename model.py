@@ -174,7 +174,7 @@ class MoCo(nn.Module):
         with torch.no_grad():
             self.update_key_encoder()
             keys = self.encode_keys(im_k, shuffle)                        # keys: N x C
-            k = keys[self.launch.rows(len(keys))]
+            k = keys[self.launch.rows()]
         with torch.autocast(q.device.type, enabled=False):
             l_pos = (q * k).sum(dim=1, keepdim=True)                      # positive logits: N x 1
             l_neg = q @ self.queue                                        # negative logits: N x K

@@ -6,7 +6,8 @@ A launch is one of three, with the same methods, so that training reads the same
     Replicas       plain `python` with several GPUs visible: `nn.DataParallel` around each encoder
     Processes      `torchrun`, on one or several machines: a process for each device, `DistributedDataParallel` around the query encoder
 
-A batch of N images is split into contiguous shares, one a device, as `torch.chunk` does: 256 over 6 is 43 x 5 + 41.
+A batch is split into G batch-norm groups as `torch.chunk` does, 256 over 6 into 43 x 5 + 41, and each device holds as many
+neighbouring groups; without groups, as in evaluation, each device holds one chunk.
 """
 
 import atexit
@@ -40,7 +41,12 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device {name!r} is not known: use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type not in ("cpu", "cuda", "mps") or (device.type == "cpu" and device.index):
+        raise ValueError(f"device {name!r} is not supported: use auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        if several_processes():
+            raise ValueError(f"torchrun started more processes on this machine than it has GPUs ({torch.cuda.device_count()}): "
+                             f"use --nproc_per_node={torch.cuda.device_count()}, or --device cpu")
         raise ValueError(f"device {name!r} is not available: PyTorch sees {torch.cuda.device_count()} CUDA devices (use --device cpu)")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device 'mps' is not available on this machine (use --device cpu)")
@@ -74,35 +80,40 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
-def resolve_bn_groups(bn_groups: int | str, batch_size: int, devices: int = 1) -> int:
+def resolve_bn_groups(bn_groups: int | str, batch_size: int, launch: "OneDevice") -> int:
     """The number G of groups of the global batch with batch-norm statistics of their own (paper, section 3.3).
 
-    `auto` is the number of devices, or 8 on one device (8 GPUs, as in the paper). A device holds G / devices of them. On one device, and
-    with one group a device, groups follow `torch.chunk`; else G must divide the batch. Raises ValueError, with the nearest values that
-    fit, if the batch does not give every device its share, or G groups of at least 2 images.
+    `auto` is the number of devices, or 8 on one device (8 GPUs, as in the paper). Raises ValueError, with the nearest values that
+    fit, if the batch does not split into G groups of at least 2 images, as many on each device of the launch.
     """
-    groups = (devices if devices > 1 else 8) if bn_groups == "auto" else int(bn_groups)
-    if not _fits(groups, batch_size, devices):
-        fitting = [g for g in range(1, batch_size // 2 + 1) if _fits(g, batch_size, devices)]
+    groups = (launch.devices if launch.devices > 1 else 8) if bn_groups == "auto" else int(bn_groups)
+    if not launch.fits(batch_size, groups):
+        fitting = [g for g in range(launch.devices, batch_size // 2 + 1, launch.devices) if launch.fits(batch_size, g)]
         near = sorted(sorted(fitting, key=lambda g: (abs(g - groups), g))[:2])
         advice = f"use --bn_groups {' or '.join(map(str, near))}, or another batch size" if near else "use a larger batch"
-        over = f" over {devices} devices" if devices > 1 else ""
-        raise ValueError(f"batch_size {batch_size}{over} does not split into {groups} batch-norm groups of at least 2 images: {advice}")
+        each = f", as many on each of {launch.devices} devices" if launch.devices > 1 else ""
+        raise ValueError(f"batch_size {batch_size} does not split into {groups} batch-norm groups of at least 2 images{each}: {advice}")
     return groups
 
 
-def _fits(groups: int, batch_size: int, devices: int) -> bool:
-    sizes = shares(batch_size, groups)
-    even_or_one_each = devices == 1 or groups == devices or batch_size % groups == 0
-    return groups % devices == 0 and len(sizes) == groups and min(sizes) >= 2 and even_or_one_each
+def chunks(n: int, parts: int) -> list[int]:
+    """The sizes of the parts into which `torch.chunk` splits n rows (possibly fewer than asked for): 256 over 6 is 43 x 5 + 41."""
+    size = max(1, -(-n // parts))
+    return [min(size, n - start) for start in range(0, n, size)]
 
 
-def shares(n: int, parts: int) -> list[int]:
-    """The sizes of the parts that `torch.chunk` makes of n rows (possibly fewer than asked for): 256 over 6 is 43 x 5 + 41."""
-    return [len(chunk) for chunk in torch.empty(n).chunk(parts)]
+def shares(n: int, devices: int, groups: int) -> list[int]:
+    """The rows of n that each device holds: those of groups / devices neighbouring groups; a device may be left without any."""
+    sizes, each = chunks(n, groups), groups // devices
+    return [sum(sizes[i * each:(i + 1) * each]) for i in range(devices)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------- launches
+
+def several_processes() -> bool:
+    """Whether torchrun started this process, be it with one or with many."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
 
 def launch(name: str = "auto") -> "OneDevice":
     """What this process was started for, by the environment of torchrun and the visible devices; ValueError as `pick_device`.
@@ -110,7 +121,9 @@ def launch(name: str = "auto") -> "OneDevice":
     Use it as a context (`with launch(...) as devices:`): several processes meet when it opens and part when it closes.
     """
     device = pick_device(name)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if several_processes():
+        if device.type == "mps":
+            raise ValueError("torchrun runs on cuda and cpu, not on mps: use --device cpu, or plain python")
         if device.type == "cuda":
             if device.index is not None:
                 raise ValueError(f"device {name!r} names one GPU, but torchrun gives each process one of its own: use cuda or auto")
@@ -131,22 +144,36 @@ class OneDevice:
 
     def __init__(self, device: torch.device = torch.device("cpu")) -> None:
         self.device = device
-        self.batch_size = 0  # of the global batch, when training
+        self.batch_size = self.bn_groups = 0  # of the global batch, when training
         self._wrapped: dict[nn.Module, Callable] = {}
 
     @property
     def name(self) -> str:
         return str(self.device)
 
+    @property
+    def float64_device(self) -> torch.device:
+        """Where to compute in float64, which mps does not have."""
+        return torch.device("cpu") if self.device.type == "mps" else self.device
+
     def __enter__(self) -> "OneDevice":
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         pass
 
-    def attach(self, moco: nn.Module, batch_size: int) -> None:
-        """Let a `model.MoCo` run on all devices, with batches of `batch_size` images over all of them."""
-        moco.launch, self.batch_size = self, batch_size
+    def fits(self, batch_size: int, groups: int) -> bool:
+        """Whether a batch gives `groups` batch-norm groups of 2 images or more, as many on each device, that each device can find in its share."""
+        sizes, each = chunks(batch_size, groups), groups // self.devices
+        parts = shares(batch_size, self.devices, groups) if each else []
+        return (groups % self.devices == 0 and len(sizes) == groups and min(sizes) >= 2
+                and [size for part in parts for size in chunks(part, each)] == sizes)
+
+    def attach(self, moco: nn.Module, batch_size: int, bn_groups: int) -> None:
+        """Let a `model.MoCo` run on all devices, with batches of `batch_size` images in `bn_groups` groups over all of them."""
+        moco.launch, self.batch_size, self.bn_groups = self, batch_size, bn_groups
         self.wrap(moco.encoder_q)
         self.wrap(moco.encoder_k)
 
@@ -157,9 +184,9 @@ class OneDevice:
         """encoder(x) on the devices of this process, in the order of x."""
         return self._wrapped.get(encoder, encoder)(x)
 
-    def rows(self, n: int) -> slice:
-        """The rows of n that this process holds."""
-        return slice(0, n)
+    def rows(self, n: int = 0) -> slice:
+        """The rows that this process holds of n in evaluation, or (0) of the batch in training."""
+        return slice(0, n or self.batch_size or None)
 
     def weight(self) -> float:
         """By how much this process's mean loss counts, where gradients are averaged over processes: 1 if all shares are even."""
@@ -170,7 +197,7 @@ class OneDevice:
         return shuffle(x, permutation)
 
     def gather(self, x: Tensor, n: int = 0) -> Tensor:
-        """All n rows (by default the batch), on every process, of which each holds its own in x."""
+        """All n rows (0: of the batch), on every process, of which each holds its own in x."""
         return x
 
     def total(self, x: Tensor) -> Tensor:
@@ -189,25 +216,45 @@ class OneDevice:
 class Replicas(OneDevice):
     """`nn.DataParallel` around each encoder; all else is on the first GPU. Never run here on real GPUs: the tests use a stand-in on the CPU."""
 
-    note = "nn.DataParallel copies the encoders to every GPU at every step: torchrun --nproc_per_node=GPUS train.py ... is faster"
+    note = "nn.DataParallel copies the encoders to every GPU at every step: torchrun --standalone --nproc_per_node=GPUS is faster"
 
     def __init__(self, device: torch.device, devices: int, data_parallel: Callable[[nn.Module], Callable] = nn.DataParallel) -> None:
         super().__init__(device)
         self.devices, self._data_parallel = devices, data_parallel
+        self._in_thread: dict[nn.Module, AutocastInThread] = {}
 
     @property
     def name(self) -> str:
         return f"{self.devices} GPUs with nn.DataParallel"
 
+    def fits(self, batch_size: int, groups: int) -> bool:
+        return super().fits(batch_size, groups) and shares(batch_size, self.devices, groups) == chunks(batch_size, self.devices)
+
     def wrap(self, encoder: nn.Module) -> None:
-        self._wrapped[encoder] = self._data_parallel(encoder)
+        self._in_thread[encoder] = AutocastInThread(encoder)
+        self._wrapped[encoder] = self._data_parallel(self._in_thread[encoder])
 
     def encode(self, encoder: nn.Module, x: Tensor) -> Tensor:
+        kind = x.device.type
+        self._in_thread[encoder].dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         out = super().encode(encoder, x)
         for module in encoder.modules():
             if hasattr(module, "take_statistics_of_replicas"):
                 module.take_statistics_of_replicas()
         return out
+
+
+class AutocastInThread(nn.Module):
+    """An encoder in a thread of nn.DataParallel, which tells its threads that autocast is on, but not in which type: float16 would be theirs."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.dtype: torch.dtype | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+            return self.encoder(x)
 
 
 class Processes(OneDevice):
@@ -227,11 +274,9 @@ class Processes(OneDevice):
         return f"{self.processes} process{'es' * (self.processes > 1)} on {self.device.type}"
 
     def __enter__(self) -> "Processes":
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        # 1 x 1 kernels: two ways to write the strides of the same memory
-        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        super().__enter__()
+        on_gpu = self.device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=self.device if on_gpu else None)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -242,33 +287,35 @@ class Processes(OneDevice):
     def wrap(self, encoder: nn.Module) -> None:
         if not any(parameter.requires_grad for parameter in encoder.parameters()):
             return  # nothing to average
+        # of 1 x 1 kernels: two ways to write the strides of the same memory
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
         no_buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}  # renamed in torch 2.15
         self._wrapped[encoder] = nn.parallel.DistributedDataParallel(
             encoder, device_ids=None if self.device.type == "cpu" else [self.device], gradient_as_bucket_view=True, **no_buffers)
 
-    def rows(self, n: int) -> slice:
+    def rows(self, n: int = 0) -> slice:
         sizes = self._sizes(n)
         return slice(sum(sizes[:self.rank]), sum(sizes[:self.rank + 1]))
 
     def weight(self) -> float:
-        return self._sizes(self.batch_size)[self.rank] * self.devices / self.batch_size
+        return self._sizes()[self.rank] * self.devices / self.batch_size
 
     def shuffle(self, x: Tensor, permutation: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # the first convolution would do it: half the bytes, the same result
-        target = torch.arange(self.devices).repeat_interleave(torch.tensor(self._sizes(len(permutation))))
-        source, own = target[permutation], self.rows(len(permutation))  # row i of the result goes from process source[i] to target[i]
+        target = torch.arange(self.devices).repeat_interleave(torch.tensor(self._sizes()))
+        source, own = target[permutation], self.rows()  # row i of the result goes from process source[i] to target[i]
         leaving, arriving = source == self.rank, source[own]
         counts = [torch.bincount(part, minlength=self.devices).tolist() for part in (arriving, target[leaving])]
-        sent = x.permute(0, 2, 3, 1)[(permutation[leaving] - own.start).to(x.device)].contiguous()  # channels last, target by target
+        sent = x.permute(0, 2, 3, 1)[(permutation[leaving] - own.start).to(x.device, non_blocking=True)].contiguous()  # channels last, target by target
         got = sent.new_empty(len(arriving), *sent.shape[1:])
         dist.all_to_all_single(got, sent, *counts)
-        order = arriving.argsort(stable=True).to(x.device)  # they arrive source by source
+        order = arriving.argsort(stable=True).to(x.device, non_blocking=True)  # they arrive source by source
         return torch.empty_like(got).index_copy_(0, order, got).permute(0, 3, 1, 2)
 
     def gather(self, x: Tensor, n: int = 0) -> Tensor:
-        sizes = self._sizes(n or self.batch_size)
+        sizes = self._sizes(n)
         padded = torch.zeros(max(sizes), *x.shape[1:], dtype=x.dtype, device=self.device)  # NCCL knows no other memory
         padded[:len(x)] = x
         parts = padded.new_empty(self.devices * len(padded), *x.shape[1:])
@@ -281,9 +328,9 @@ class Processes(OneDevice):
         return x
 
     def agreed(self, wishes: Sequence[int], meeting: bool = True) -> list[int]:
-        largest = torch.tensor(wishes, device=self.device)
         if not meeting:
             return [0] * len(wishes)
+        largest = torch.tensor(wishes, device=self.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.tolist()
 
@@ -294,10 +341,9 @@ class Processes(OneDevice):
         parts = means.split([state[name].numel() for name in names])
         return {**state, **{name: part.view_as(state[name]) for name, part in zip(names, parts)}}
 
-    def _sizes(self, n: int) -> list[int]:
-        """The shares of n rows, padded with zeros to one a process."""
-        sizes = shares(n, self.devices) if n else []
-        return sizes + [0] * (self.devices - len(sizes))
+    def _sizes(self, n: int = 0) -> list[int]:
+        """The rows that each process holds of n in evaluation, or (0) of the batch in training."""
+        return shares(n, self.devices, self.devices) if n else shares(self.batch_size, self.devices, self.bn_groups)
 
 
 def shuffle(x: Tensor, permutation: Tensor) -> Tensor:

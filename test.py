@@ -4,7 +4,7 @@
     python test.py --dataset_root=ROOT/STL-10 --encoder_exp_version M3        another run, its last checkpoint
     python test.py --dataset_root=ROOT/STL-10 --encoder random                the baseline: the same encoder, untrained
     python test.py --dataset_root=shapes --pretrained FILE                    a checkpoint file from elsewhere
-    torchrun --nproc_per_node=6 test.py --dataset_root=ROOT/STL-10            features on six GPUs (plain python: nn.DataParallel)
+    torchrun --standalone --nproc_per_node=6 test.py --dataset_root=...       features on six GPUs (plain python: nn.DataParallel)
     python test.py --help                                                     every flag with its default
 
 Top-1 is that of the test split after the classifier's last epoch, mean over --trials; its learning rate is chosen on a held-out
@@ -38,9 +38,8 @@ def main(argv: list[str]) -> None:
 
 def untrained_result(folder: Path, result: dict[str, Any]) -> dict[str, Any] | None:
     """The untrained encoder's result beside this one, if it is there and was measured the same way."""
-    same = ("dataset", "protocol", "crop", "arch", "knn_k", "knn_weighted")
     others = (evaluate.read_result(path.parent) for path in sorted(folder.parent.glob("random*/result.json")) if path.parent != folder)
-    return next((other for other in others if other and all(other.get(name) == result[name] for name in same)), None)
+    return next((other for other in others if other and evaluate.same_measure(other, result)), None)
 
 
 def table(result: dict[str, Any], untrained: dict[str, Any] | None) -> str:

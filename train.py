@@ -3,7 +3,7 @@
     python train.py --dataset_root=ROOT/ILSVRC/Data/CLS-LOC/train --shuffle_bn      ResNet-50 at 64 px, 200 epochs
     python train.py --preset demo                                                   built-in data, minutes on a laptop
     python train.py --preset M0 --dataset_root=...                                  M0, M1, M2, M3, mocov2: see config.yaml
-    torchrun --nproc_per_node=6 train.py --dataset_root=... --shuffle_bn            six GPUs, a process each (plain python: nn.DataParallel)
+    torchrun --standalone --nproc_per_node=6 train.py --dataset_root=...            six GPUs, a process each (plain python: nn.DataParallel)
     python train.py --help                                                          every flag with its default
 
 Writes output/DATASET_NAME/EXP_VERSION/: config.yaml, log.csv, loss.png, checkpoints/epoch_NNNN.pth.tar and last.pth.tar.
@@ -16,6 +16,7 @@ import itertools
 import math
 import sys
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,11 +41,12 @@ def main(argv: list[str]) -> None:
     cfg = utils.load_config("train", argv)
     launch = utils.checked(parallel.launch, cfg.device)
     folder = utils.run_folder(cfg.output_root, cfg.dataset_name, cfg.exp_version)
-    last = folder / "checkpoints" / "last.pth.tar"
-    checkpoint = utils.load_checkpoint(last) if cfg.resume and last.exists() else None
+    if cfg.resume and cfg.overwrite:
+        raise UserError("--resume and --overwrite exclude each other: give one")
+    checkpoint, path = utils.checkpoint_to_resume(folder) if cfg.resume else (None, None)
     dataset, recipe = set_up(cfg, launch, checkpoint)
     if checkpoint is not None:
-        refuse_changes(checkpoint, cfg, dataset, last)
+        refuse_changes(checkpoint, cfg, dataset, path)
     if launch.rank == 0:
         utils.prepare_run_folder(folder, cfg.resume, cfg.overwrite)
         announce(cfg, folder, dataset, launch, checkpoint)
@@ -68,10 +70,10 @@ def train(cfg: SimpleNamespace, launch: parallel.OneDevice, folder: Path, datase
     steps_per_epoch = len(dataset) // cfg.batch_size
     meter = Meter(launch, parallel.precision_dtype(cfg.precision))
     step = 0 if checkpoint is None else restore(checkpoint, moco, optimizer, meter)
-    launch.attach(moco, cfg.batch_size)
-    start_together(launch, step, last)
+    launch.attach(moco, cfg.batch_size, cfg.bn_groups)
+    start_together(launch, cfg, dataset, step)
     if checkpoint is None and cfg.queue_init == "keys":
-        fill_queue(moco, dataset, recipe, cfg, launch, failures)
+        fill_queue(moco, dataset, recipe, cfg, launch, failures, stop)
     if launch.rank == 0:
         log = utils.Log(folder / "log.csv", LOG_COLUMNS, step)
         utils.write_yaml(folder / "config.yaml", cfg)
@@ -129,8 +131,8 @@ def set_up(cfg: SimpleNamespace, launch: parallel.OneDevice, checkpoint: dict[st
     """Check what the flags mean together, replace every `auto` in cfg, open the data: all errors come before any work."""
     if cfg.dataset_root is None:
         raise UserError("--dataset_root is missing: give a folder of images, or the word shapes for the built-in data set")
-    if cfg.download and isinstance(launch, parallel.Processes):
-        raise UserError("--download is for one process: run the same command with plain python first, and stop it when it trains")
+    if cfg.download and launch.processes > 1:
+        raise UserError("--download is for one process: fetch the data with plain python first")
     for name in AUTO_FROM_CHECKPOINT:  # what other hardware would choose otherwise
         if checkpoint is not None and getattr(cfg, name) == "auto":
             setattr(cfg, name, checkpoint.get("config", {}).get(name, "auto"))
@@ -139,7 +141,7 @@ def set_up(cfg: SimpleNamespace, launch: parallel.OneDevice, checkpoint: dict[st
         raise UserError(f"--crop_scale {cfg.crop_scale} must be two areas in rising order, above 0, such as 0.2 1")
     if len(cfg.mean) != 3 or len(cfg.std) != 3:
         raise UserError(f"--mean {cfg.mean} and --std {cfg.std} must have three numbers each")
-    cfg.bn_groups = utils.checked(parallel.resolve_bn_groups, cfg.bn_groups, cfg.batch_size, launch.devices)
+    cfg.bn_groups = utils.checked(parallel.resolve_bn_groups, cfg.bn_groups, cfg.batch_size, launch)
     if cfg.arch not in ARCHS:
         raise UserError(f"--arch {cfg.arch!r} is not known: choose one of {', '.join(ARCHS)}")
     dataset = dataloader.open_dataset(cfg.dataset_root, "pretrain", view="square", resize=cfg.resize, crop=cfg.crop, download=cfg.download)
@@ -158,16 +160,19 @@ def set_up(cfg: SimpleNamespace, launch: parallel.OneDevice, checkpoint: dict[st
     return dataset, recipe
 
 
-def start_together(launch: parallel.OneDevice, step: int, last: Path) -> None:
-    """UserError unless all processes begin at the same step, as they do if they see the same checkpoint."""
-    lowest, highest = launch.agreed([-step, step])
-    if -lowest != highest:
-        raise UserError(f"{str(last)!r} is not the same for all processes: --output_root must be on a file system that all machines share")
+def start_together(launch: parallel.OneDevice, cfg: SimpleNamespace, dataset: Any, step: int) -> None:
+    """UserError unless all processes see the same checkpoint, settings and number of images."""
+    settings = zlib.crc32(repr(sorted((name, value) for name, value in vars(cfg).items() if name not in MAY_CHANGE_ON_RESUME)).encode())
+    for name, value in (("checkpoint (its step is", step), ("settings (their checksum is", settings), ("data set (its images are", len(dataset))):
+        lowest, highest = launch.agreed([-value, value])
+        if -lowest != highest:
+            raise UserError(f"the processes do not see the same {name} {value} here, from {-lowest} to {highest} over all): give all machines the "
+                            "same flags and hardware, and --output_root and --dataset_root on file systems that they share")
 
 
 def order(n: int, cfg: SimpleNamespace, step: int, launch: parallel.OneDevice) -> Any:
     """This process's rows of the batches (index tensors) of the run, from after `step` to its end."""
-    per_epoch, rows = n // cfg.batch_size, launch.rows(cfg.batch_size)
+    per_epoch, rows = n // cfg.batch_size, launch.rows()
     batches = itertools.chain.from_iterable(
         dataloader.epoch_batches(n, cfg.batch_size, cfg.seed, epoch, start=step - epoch * per_epoch if epoch == step // per_epoch else 0)
         for epoch in range(step // per_epoch, cfg.max_epoch))
@@ -177,7 +182,7 @@ def order(n: int, cfg: SimpleNamespace, step: int, launch: parallel.OneDevice) -
 def two_views(batch: dataloader.Batch, recipe: augment.Recipe, cfg: SimpleNamespace, step: int,
               launch: parallel.OneDevice, streams: tuple[str, ...] = ("query", "key")) -> list[torch.Tensor]:
     """Views (n, 3, crop, crop) of this process's rows of a batch, one for each stream of random numbers, which are those of the whole batch."""
-    images, dtype, rows = batch.images.to(launch.device, non_blocking=True), parallel.precision_dtype(cfg.precision), launch.rows(cfg.batch_size)
+    images, dtype, rows = batch.images.to(launch.device, non_blocking=True), parallel.precision_dtype(cfg.precision), launch.rows()
     aspect = torch.ones(cfg.batch_size)
     aspect[rows] = batch.aspect
     views = []
@@ -200,17 +205,22 @@ def learning_rate(cfg: SimpleNamespace, epoch: float) -> float:
 
 
 def fill_queue(moco: MoCo, dataset: Any, recipe: augment.Recipe, cfg: SimpleNamespace, launch: parallel.OneDevice,
-               failures: dataloader.Failures) -> None:
-    """Start the queue with keys of real images (`queue_init: keys`), from streams of their own."""
+               failures: dataloader.Failures, stop: utils.StopSignal) -> None:
+    """Start the queue with keys of real images (`queue_init: keys`), from streams of their own; SystemExit if a signal asks to stop."""
     needed = math.ceil(cfg.num_keys / cfg.batch_size)
     epochs = (dataloader.epoch_batches(len(dataset), cfg.batch_size, cfg.seed, QUEUE_EPOCH + i) for i in itertools.count())
-    rows = launch.rows(cfg.batch_size)
+    rows = launch.rows()
     batches = [batch[rows] for batch in itertools.islice(itertools.chain.from_iterable(epochs), needed)]
     loader = dataloader.iterate(dataset, batches, num_workers=cfg.num_workers, failures=failures)
     moco.train()
-    for i, batch in enumerate(utils.progress(loader, "first queue", total=needed, show=launch.rank == 0)):
+    for i, batch in enumerate(utils.progress(loader, "first queue", total=needed)):
         with parallel.autocast(cfg.precision, launch.device):
             moco.fill_queue(*two_views(batch, recipe, cfg, i, launch, streams=("queue",)))
+        stopped, = launch.agreed([stop.received or 0])
+        if stopped:
+            if launch.rank == 0:
+                print(f"stopped by signal {stopped} before the first step: there is nothing to save", flush=True)
+            sys.exit(128 + stopped)
 
 
 class Meter:
@@ -246,20 +256,31 @@ def snapshot(cfg: SimpleNamespace, step: int, steps_per_epoch: int, moco: MoCo, 
 
 
 def refuse_changes(checkpoint: dict[str, Any], cfg: SimpleNamespace, dataset: Any, path: Path) -> None:
-    """UserError if the run that wrote the checkpoint was another one than cfg's."""
-    old, new = checkpoint.get("config", {}), vars(cfg)
+    """UserError if the run that wrote the checkpoint was another one than cfg's, or is past its end."""
+    old, new, end = checkpoint.get("config"), vars(cfg), cfg.max_epoch * (len(dataset) // cfg.batch_size)
+    missing = [name for name in ("config", "step", "optimizer", "meter") if name not in checkpoint]
+    if missing:
+        raise UserError(f"checkpoint {str(path)!r} cannot be continued: it has no {', '.join(missing)}")
     free = MAY_CHANGE_ON_RESUME | (set() if cfg.cosine else {"max_epoch"})
     changed = [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in new if name not in free and old.get(name) != new[name]]
     if checkpoint.get("images") != len(dataset):
         changed.append(f"images {checkpoint.get('images')} -> {len(dataset)}")
     if changed:
         raise UserError(f"--resume with other settings than those of {path}: {'; '.join(changed)}: go back to them, or name another --exp_version")
+    if checkpoint["step"] > end:
+        raise UserError(f"--max_epoch {cfg.max_epoch} ends at step {end}, but {str(path)!r} is already at step {checkpoint['step']}: use a larger one")
 
 
 def restore(checkpoint: dict[str, Any], moco: MoCo, optimizer: torch.optim.Optimizer, meter: Meter) -> int:
     """Put a checkpoint's state back; returns its step."""
-    moco.load_state_dict({name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()})
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    fused = optimizer.defaults["fused"]  # a matter of the device
+    try:
+        moco.load_state_dict({name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()})
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the checkpoint does not fit its own settings, it is damaged: {' '.join(str(error).split())[:160]}") from None
+    for group in optimizer.param_groups:
+        group["fused"] = fused
     saved = checkpoint["meter"]
     meter.steps, meter.images = saved["steps"], saved["images"]
     if meter.launch.rank == 0:  # the sums of all processes

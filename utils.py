@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -41,16 +42,20 @@ class UserError(Exception):
 
 def main_guard(main: Callable[[list[str]], None]) -> None:
     """Run a script's `main`; a UserError becomes one line on stderr and exit status 2."""
-    rank = os.environ.get("RANK", "0")  # of this process, under torchrun
     try:
         main(sys.argv[1:])
     except UserError as error:
-        if rank != "0":
-            time.sleep(2)  # if the first process stops for the same reason, torchrun ends this one before it says it again
-        print(f"error: {f'process {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr)
+        if rank():
+            time.sleep(5)  # if the first process stops for the same reason, torchrun ends this one before it says it again
+        print(f"error: {f'process {rank()}: ' if rank() else ''}{error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def rank() -> int:
+    """The number of this process among those that torchrun started; 0 is the one that speaks."""
+    return int(os.environ.get("RANK", 0))
 
 
 def checked(function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -92,7 +97,7 @@ def read_yaml(path: str | Path) -> Any:
         return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise UserError(f"config {str(path)!r} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, dates that are none
         raise UserError(f"config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -120,8 +125,8 @@ class Key:
         for alternative in kind.split("|"):
             word, _, interval = alternative.partition(" ")
             low, _, high = interval.partition("..")
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if word == "int" and number and float(value).is_integer() or word == "float" and number and np.isfinite(value):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # neither nan nor inf
+            if word == "int" and number and float(value).is_integer() or word == "float" and number:
                 if (not low or value >= float(low)) and (not high or value <= float(high)):
                     return int(value) if word == "int" else float(value)
             elif (word == "str" and isinstance(value, str) and value) or (word == "bool" and isinstance(value, bool)):
@@ -185,12 +190,16 @@ def load_config(script: str, argv: list[str]) -> SimpleNamespace:
         else:
             options |= {"metavar": key.name.rsplit("_")[-1].upper(), "nargs": "+" if key.is_list else None}
         parser.add_argument(f"--{key.name}", **options)
+    for word, value in zip(argv, [*argv[1:], ""]):
+        name, _, value = word.partition("=") if "=" in word else (word, "", value)
+        if (key := keys.get(name.removeprefix("--").removeprefix("no-"))) and key.is_bool and value and not value.startswith("-"):
+            raise UserError(f"--{key.name} takes no value, not {value!r}: write --{key.name} or --no-{key.name}")
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), keys, n=1)
         raise UserError(f"unknown argument {unknown[0]!r}: {f'did you mean --{near[0]}?' if near else 'see --help'}")
     flags = {name: _from_text(keys[name], value) for name, value in vars(given).items() if name in keys}
-    layers = [_preset(given.preset) if "preset" in given else {}, _flat(_mapping(given.config)) if "config" in given else {}, flags]
+    layers = [_preset(given.preset) if "preset" in given else {}, _mapping(given.config) if "config" in given else {}, flags]
     values = {name: key.default for name, key in keys.items()}
     for layer, source in zip(layers, ("preset", "config", "flag")):
         _refuse_unknown(layer, source)
@@ -206,7 +215,7 @@ def _from_text(key: Key, value: Any) -> Any:
         return value
     try:
         return yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         return value
 
 
@@ -214,7 +223,10 @@ def _mapping(path: str) -> dict:
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"config {path!r} holds no keys: write lines such as 'batch_size: 128'")
-    return content
+    try:
+        return _flat(content)
+    except RecursionError:
+        raise UserError(f"config {path!r} refers to itself: write its values out") from None
 
 
 def _preset(name: str) -> dict[str, Any]:
@@ -283,8 +295,8 @@ def write_csv(path: str | Path, header: list[str], rows: Iterable[Iterable[Any]]
     atomic_write(path, lambda file: file.write(text.encode()))
 
 
-def read_csv(path: str | Path) -> dict[str, list[float]]:
-    """The columns of a CSV file of numbers; a last line that a crash cut short is left out."""
+def read_csv(path: str | Path, needed: Iterable[str] = ()) -> dict[str, list[float]]:
+    """The columns of a CSV file of numbers; a last line that a crash cut short is left out. UserError if one of the `needed` is missing."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.reader(file)
@@ -292,8 +304,11 @@ def read_csv(path: str | Path) -> dict[str, list[float]]:
             rows = [list(map(float, row)) for row in reader if len(row) == len(header)]
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is damaged: {error}") from None
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{str(path)!r} is damaged: {error}: move it away") from None
+    missing = [name for name in needed if name not in header]
+    if missing:
+        raise UserError(f"{str(path)!r} is damaged: it has no column {', '.join(missing)}: move it away")
     return {name: [row[i] for row in rows] for i, name in enumerate(header)}
 
 
@@ -303,14 +318,17 @@ def write_yaml(path: str | Path, cfg: SimpleNamespace) -> None:
 
 
 def run_folder(output_root: str, dataset_name: str, exp_version: str) -> Path:
+    """output_root/dataset_name/exp_version; UserError unless both names can be those of a folder."""
+    for name in (dataset_name, exp_version):
+        if name in (".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > 200:
+            raise UserError(f"{name[:60]!r} cannot name a data set or a run, which is a folder: leave out / and keep it short (--output_root may be any path)")
     return Path(output_root) / dataset_name / exp_version
 
 
 def prepare_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     """Create the folder of a run; an earlier run in it is continued (`resume`), deleted (`overwrite`), or an error."""
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other: give one")
-    earlier = [name for name in ("config.yaml", "log.csv", "checkpoints") if (folder / name).exists()]
+    earlier = [name for name in ("config.yaml", "log.csv") if (folder / name).exists()]
+    earlier += ["checkpoints"] if any((folder / "checkpoints").glob("*.pth.tar")) else []
     if earlier and not (resume or overwrite):
         raise UserError(f"{str(folder)!r} holds an earlier run: continue it with --resume, replace it with --overwrite, "
                         "or name another --exp_version")
@@ -323,6 +341,27 @@ def prepare_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
             pass
     except OSError as error:
         raise UserError(f"{str(folder)!r} cannot be written: {error.strerror}: choose another --output_root") from None
+
+
+def checkpoint_to_resume(folder: Path) -> tuple[dict[str, Any] | None, Path]:
+    """The last sound checkpoint of a run and its path: last.pth.tar, or the newest epoch's if that is damaged or gone; None if there is none at all.
+
+    Raises UserError if there are checkpoints, but none of them is sound.
+    """
+    last = folder / "checkpoints" / "last.pth.tar"
+    paths = [path for path in (last, *sorted(folder.glob("checkpoints/epoch_*.pth.tar"), reverse=True)) if path.exists()]
+    for path in paths:
+        try:
+            checkpoint = load_checkpoint(path)
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            continue
+        if path != last:
+            print(f"warning: {str(last)!r} cannot be used: going on from {path.name}", file=sys.stderr)
+        return checkpoint, path
+    if paths:
+        raise UserError(f"none of the {len(paths)} checkpoints in {str(folder)!r} can be used: start again with --overwrite, or name another --exp_version")
+    return None, last
 
 
 def checkpoint_path(folder: Path, epoch: int | None) -> Path:
@@ -357,6 +396,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {str(path)!r} is refused: {reason}") from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"checkpoint {str(path)!r} has no state_dict: it is not a MoCo checkpoint")
+    wrong = [name for name, kind in {"format": int, "epoch": int, "step": int, "arch": str, "config": dict}.items()
+             if not isinstance(content.get(name, kind()), kind)]
+    if wrong:
+        raise UserError(f"checkpoint {str(path)!r} is damaged: its {', '.join(wrong)} cannot be what they are")
     if content.get("format", 0) > CHECKPOINT_FORMAT:
         raise UserError(f"checkpoint {str(path)!r} is of a newer version ({content['format']}) than this code ({CHECKPOINT_FORMAT}): update the code")
     return content
@@ -367,7 +410,7 @@ class Log:
 
     def __init__(self, path: Path, header: list[str], step: int) -> None:
         self.path, self.header = path, header
-        old = read_csv(path) if path.exists() and step else {"step": []}
+        old = read_csv(path, header) if path.exists() and step else {"step": []}
         keep = [i for i, s in enumerate(old["step"]) if s <= step]
         write_csv(path, header, [[f"{old[name][i]:.10g}" for name in header] for i in keep])
 
@@ -381,9 +424,9 @@ class Log:
 
 # ---------------------------------------------------------------------------------------------------------- what a run shows
 
-def progress(iterable: Iterable, desc: str, total: int | None = None, every_s: float = 20.0, show: bool = True) -> Iterator:
-    """A tqdm bar on a terminal; elsewhere a line every `every_s` seconds, and none for what is done sooner. `show` False: nothing."""
-    if not show:
+def progress(iterable: Iterable, desc: str, total: int | None = None, every_s: float = 20.0) -> Iterator:
+    """A tqdm bar on a terminal; elsewhere a line every `every_s` seconds, and none for what is done sooner. Of several processes, the first shows it."""
+    if rank():
         yield from iterable
         return
     if sys.stderr.isatty():
@@ -409,6 +452,7 @@ def duration(seconds: float) -> str:
     return f"{s // 3600} h {s % 3600 // 60} min" if s < 86400 else f"{s // 86400} d {s % 86400 // 3600} h"
 
 
+@functools.cache
 def provenance() -> dict[str, Any]:
     """What made a result: commit, whether the tree was changed, versions, machine."""
     def git(*args: str) -> str:

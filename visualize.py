@@ -51,21 +51,21 @@ def main(argv: list[str]) -> None:
         dataloader.open_dataset(cfg.dataset_root, "train", view="center", resize="auto", crop=8, download=True)
     dataset = None if cfg.dataset_root is None else evaluate.data_name(cfg.dataset_root)
     results = Path(cfg.result_path)
-    evaluate.check_writable(results)
+    evaluate.check_writable(results, "--result_path")
 
-    write_figure(results / "loss.png", loss_figure(logs))
     found = {version: accuracy_of(cfg, launch, version, cfg.load_pretrained_epoch, dataset) for version in versions}
+    found_epochs = {epoch: accuracy_of(cfg, launch, cfg.encoder_exp_version, epoch, dataset) for epoch in epochs}
     untrained = random_result(runs, found)
     curves = {version: accuracy for version, (_, accuracy) in found.items()}
-    write_figure(results / "accr_model_compare.png",
-                 accuracy_by_version_figure(curves, untrained[1] if untrained else None, one_dataset(found)))
-    print(summary(found, untrained))
+    figures = {"loss.png": loss_figure(logs),
+               "accr_model_compare.png": accuracy_by_version_figure(curves, untrained[1] if untrained else None, one_dataset(found))}
     if epochs:
-        found = {epoch: accuracy_of(cfg, launch, cfg.encoder_exp_version, epoch, dataset) for epoch in epochs}
-        curves = {epoch: accuracy for epoch, (_, accuracy) in found.items()}
-        figure = accuracy_by_epoch_figure(curves, f"{cfg.encoder_exp_version} on {one_dataset(found)}")
-        write_figure(results / "accr_epoch_compare.png", figure)
-    print(f"written  {results}/loss.png, accr_model_compare.png" + (", accr_epoch_compare.png" if epochs else ""))
+        curves = {epoch: accuracy for epoch, (_, accuracy) in found_epochs.items()}
+        figures["accr_epoch_compare.png"] = accuracy_by_epoch_figure(curves, f"{cfg.encoder_exp_version} on {one_dataset(found_epochs)}")
+    for name, figure in figures.items():  # last, when nothing can fail any more
+        write_figure(results / name, figure)
+    print(summary(found, untrained))
+    print(f"written  {results}/{', '.join(figures)}")
 
 
 # ------------------------------------------------------------------------------------------------------------- where data comes from
@@ -86,9 +86,13 @@ def loss_runs(cfg: SimpleNamespace, runs: dict[str, Path]) -> dict[str, Path]:
 
 def read_loss(folder: Path) -> dict[str, Any]:
     """The columns of a run's log.csv, and `chance`: log(K + 1), the loss when no key can be told from another."""
-    log: dict[str, Any] = utils.read_csv(folder / "log.csv")
-    if (folder / "config.yaml").exists():
-        log["chance"] = math.log(utils.read_yaml(folder / "config.yaml")["num_keys"] + 1)
+    log: dict[str, Any] = utils.read_csv(folder / "log.csv", ("step", "loss"))
+    if not log["step"]:
+        raise utils.UserError(f"{str(folder / 'log.csv')!r} has no rows yet: its run has just begun")
+    config = utils.read_yaml(folder / "config.yaml") if (folder / "config.yaml").exists() else None
+    num_keys = config.get("num_keys") if isinstance(config, dict) else None
+    if isinstance(num_keys, int) and num_keys > 0:
+        log["chance"] = math.log(num_keys + 1)
     return log
 
 
@@ -116,7 +120,7 @@ def stored_accuracy(cfg: SimpleNamespace, subject: evaluate.Subject, dataset: st
     result = evaluate.read_result(folder)
     if result is None or len(result["trials"]) < cfg.trials or not (folder / "accuracy.csv").exists():
         return None
-    wanted = evaluate.settings(cfg, subject) | ({"dataset": dataset} if dataset else {})
+    wanted = evaluate.settings(cfg, subject) | ({"dataset": dataset, "dataset_root": evaluate.data_path(cfg.dataset_root)} if dataset else {})
     if any(result.get(name) != value for name, value in wanted.items() if name != "checkpoint"):
         return None
     return result, read_accuracy(folder / "accuracy.csv")
@@ -124,7 +128,9 @@ def stored_accuracy(cfg: SimpleNamespace, subject: evaluate.Subject, dataset: st
 
 def read_accuracy(path: Path) -> torch.Tensor:
     """An accuracy.csv (epoch, trial, top1) as (trials, epochs)."""
-    table = utils.read_csv(path)
+    table = utils.read_csv(path, ("trial", "top1"))
+    if not table["trial"] or len(table["top1"]) % int(max(table["trial"])):
+        raise utils.UserError(f"{str(path)!r} is damaged: evaluate again with test.py")
     return torch.tensor(table["top1"]).view(int(max(table["trial"])), -1)
 
 
@@ -133,7 +139,7 @@ def random_result(runs: dict[str, Path], found: Mapping[str, tuple[dict[str, Any
     reference = next(iter(found.values()))[0]
     for folder in (path.parent for run in runs.values() for path in sorted(run.glob("eval/random*/result.json"))):
         result = evaluate.read_result(folder)
-        if result and all(result.get(name) == reference[name] for name in ("dataset", "protocol", "arch", "crop", "linear_epochs")):
+        if result and evaluate.same_measure(result, reference):
             return result, read_accuracy(folder / "accuracy.csv")
     return None
 

@@ -3,14 +3,19 @@
     python benchmarks/gpu.py                  about three minutes on one GPU
     python benchmarks/gpu.py --device cpu     tries the script itself where there is no GPU: everything must agree
 
-Float64 over 20 steps, float32 (TF32 off) over one step, eight batch-norm groups on one GPU, and NCCL with one process.
+Float64 over 20 steps, float32 (TF32 off) over one step, eight batch-norm groups on one GPU, and torchrun with one process (NCCL); on a
+machine with several GPUs also nn.DataParallel and torchrun over two of them.
 """
 
 import argparse
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -18,19 +23,23 @@ import utils
 
 BASE = ["--dataset_root=shapes", "--arch=resnet18", "--crop=40", "--resize=40", "--feature_dim=16", "--num_keys=96", "--batch_size=250", "--bn_groups=5",
         "--shuffle_bn", "--max_epoch=1", "--lr=0.003", "--temperature=0.2", "--log_every=1", "--overwrite"]  # 20 steps of 250 images
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 
 
-def train(out: Path, name: str, flags: list[str], launch: tuple[str, ...] = ()) -> dict[str, list[float]]:
-    """The log of a run; SystemExit with its error if it fails."""
-    done = subprocess.run([sys.executable, *launch, "train.py", *BASE, f"--output_root={out}", f"--exp_version={name}", *flags], cwd=ROOT, capture_output=True, text=True)
+def train(out: Path, name: str, flags: list[str], launch: tuple[str, ...] = (), gpus: str = "0") -> dict[str, list[float]]:
+    """The log of a run on these GPUs; SystemExit with its error if it fails."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus, "NVIDIA_TF32_OVERRIDE": "0"}
+    done = subprocess.run([sys.executable, *launch, "train.py", *BASE, f"--output_root={out}", f"--exp_version={name}", *flags],
+                          cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
     return utils.read_csv(out / "IMAGENET-64" / name / "log.csv")
 
 
 def difference(out: Path, a: str, b: str) -> float:
-    """The largest difference of two runs' weights, queue and statistics, relative to each tensor's largest value."""
-    states = [utils.load_checkpoint(out / "IMAGENET-64" / name / "checkpoints" / "last.pth.tar")["state_dict"] for name in (a, b)]
+    """The largest difference of two runs' weights, queue, statistics and momentum buffers, relative to each tensor's largest value."""
+    ends = [utils.load_checkpoint(out / "IMAGENET-64" / name / "checkpoints" / "last.pth.tar") for name in (a, b)]
+    states = [end["state_dict"] | {f"momentum.{i}": s["momentum_buffer"] for i, s in end["optimizer"]["state"].items()} for end in ends]
     return max(((v.double() - states[1][n].double()).abs().max() / v.double().abs().max().clamp(min=1e-3)).item() for n, v in states[0].items())
 
 
@@ -38,7 +47,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     device = f"--device={parser.parse_args().device}"
-    print(f"commit {utils.provenance()['commit']}, {device}\n\n| check | measured | limit | |\n| --- | --- | --- | --- |", flush=True)
+    gpus = torch.cuda.device_count() if device == "--device=cuda" else 0
+    print(f"commit {utils.provenance()['commit']}, torch {torch.__version__}, {device}, {torch.cuda.get_device_name() if gpus else 'no GPU'}\n\n| check | measured | limit | |\n| --- | --- | --- | --- |", flush=True)
     failed = False
 
     def check(name: str, value: float, limit: float) -> None:
@@ -48,16 +58,22 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        one_step = ["--precision=fp32", "--batch_size=5000", "--num_keys=5000"]
+        one_step = ["--precision=fp32", "--batch_size=2501", "--num_keys=2500", "--bn_groups=1"]  # more than half of the images
         for name, flags in (("fp64", ["--precision=fp64"]), ("fp32", one_step)):
             train(out, f"cpu-{name}", [*flags, "--device=cpu"])
             train(out, f"gpu-{name}", [*flags, device])
         check("float64, 20 steps, weights, queue and statistics", difference(out, "cpu-fp64", "gpu-fp64"), 1e-6)
         check("float32, one step from the same state", difference(out, "cpu-fp32", "gpu-fp32"), 1e-3)
-        train(out, "nccl", ["--precision=fp64", "--device=" + device.split("=")[1]], ("-m", "torch.distributed.run", "--nproc_per_node=1"))
+        train(out, "nccl", ["--precision=fp64", device], (*TORCHRUN, "--nproc_per_node=1"))
         check("torchrun with one process, float64, 20 steps", difference(out, "gpu-fp64", "nccl"), 1e-6)
-        log = train(out, "groups", [device, "--preset=demo", "--batch_size=64", "--bn_groups=8", "--num_keys=512", "--lr=0.03", "--max_epoch=3"])
-        check("8 groups, shuffled, precision auto: last loss minus first row's best after 3 epochs", log["loss"][-1] - max(log["loss"][20:60]), 0)
+        if gpus > 1:
+            for name, launch in (("torchrun over two GPUs", (*TORCHRUN, "--nproc_per_node=2")), ("nn.DataParallel over two GPUs", ())):
+                train(out, "one", ["--precision=fp64", device, "--bn_groups=2"])
+                train(out, "two", ["--precision=fp64", device, "--bn_groups=2"], launch, gpus="0,1")
+                check(f"{name}, float64, 20 steps", difference(out, "one", "two"), 1e-6)
+        loss = train(out, "groups", [device, "--batch_size=64", "--bn_groups=8", "--num_keys=512", "--lr=0.03", "--momentum=0.99", "--max_epoch=4"])["loss"]
+        check("8 groups, shuffled, precision auto, 4 epochs: loss of the last 50 steps less that of steps 20 to 70",
+              statistics.fmean(loss[-50:]) - statistics.fmean(loss[20:70]), 0)
     sys.exit(failed)
 
 

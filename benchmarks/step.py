@@ -91,10 +91,10 @@ def compare(arch: str, side: int, batch: int, keys: int, groups: list[int], repe
             elapsed = seconds(step, views, device)
             if repeat >= 2:
                 times[name].append(elapsed)
-    plain = times["plain"]
+    plain, first = times["plain"], times[f"ours G {groups[0]}"]
     for name, own in times.items():
-        ratio = statistics.median(p / t for p, t in zip(plain, own))
-        print(f"| {arch}, {side} px, batch {batch}, K {keys} | {name} | {ratio:.2f} | {batch / statistics.median(own):,.0f} |", flush=True)
+        speed, cost = (statistics.median(pairs) for pairs in ([p / t for p, t in zip(plain, own)], [t / f for f, t in zip(first, own)]))
+        print(f"| {arch}, {side} px, batch {batch}, K {keys} | {name} | {speed:.2f} | {cost:.2f} | {batch / statistics.median(own):,.0f} |", flush=True)
 
 
 def main() -> None:
@@ -115,7 +115,7 @@ def main() -> None:
     made_by = utils.provenance()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     print(f"commit {made_by['commit']}, torch {made_by['torch']}, {device} ({name}), ours in {precision}; medians of {args.repeats}\n")
-    print("| job | step | ratio to plain | images/s |\n| --- | --- | --- | --- |")
+    print(f"| job | step | speed, plain = 1 | time, ours G {args.groups[0]} = 1 | images/s |\n| --- | --- | --- | --- | --- |")
     for arch, side, batch in [(args.arch, args.side, args.batch)] if args.arch else JOBS:
         compare(arch, side, batch, args.keys, args.groups, args.repeats, device, precision)
 

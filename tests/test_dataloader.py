@@ -456,7 +456,8 @@ def test_download_fetches_stl10_only_where_no_other_data_are(tmp_path: Path, mon
     assert len(dataset) == 2 and asked == [tmp_path / "new"]
     write_folders(tmp_path / "folders", 1, 1, 1)
     for root in ("shapes", str(tmp_path / "folders")):
-        open_dataset(root, "train", view="center", resize="auto", crop=16, download=True)
+        with pytest.raises(UserError, match="fetches STL-10, but .*leave --download out"):
+            open_dataset(root, "train", view="center", resize="auto", crop=16, download=True)
     assert len(asked) == 1
 
     def fail(root, split, download):

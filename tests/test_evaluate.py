@@ -45,7 +45,7 @@ def test_knn_is_a_vote_counted_by_hand(weighted: bool, k: int) -> None:
         for i in nearest:
             votes[int(train_labels[i])] += math.exp(cosines[i] / 0.07) if weighted else 1
         hits += max(votes, key=lambda c: (votes[c], -c)) == label
-    accuracy = evaluate.knn_accuracy(train, train_labels, test, test_labels, k=k, weighted=weighted)
+    accuracy = 100 * evaluate.knn_hits(train, train_labels, test, test_labels, k=k, weighted=weighted) / len(test)
     assert 0 < hits < 30
     assert accuracy == pytest.approx(100 * hits / 30)
 
@@ -53,21 +53,21 @@ def test_knn_is_a_vote_counted_by_hand(weighted: bool, k: int) -> None:
 def test_knn_weights_and_length_matter() -> None:
     train = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8]]) * torch.tensor([[0.01], [100.0], [100.0]])
     labels, query = torch.tensor([0, 1, 1]), torch.tensor([[5.0, 0.1]])
-    assert evaluate.knn_accuracy(train, labels, query, torch.tensor([0]), k=3, temperature=0.07) == 100.0  # one near beats two far
-    assert evaluate.knn_accuracy(train, labels, query, torch.tensor([0]), k=3, weighted=False) == 0.0
-    assert evaluate.knn_accuracy(train, labels, query, torch.tensor([0]), k=3, temperature=100.0) == 0.0
+    assert evaluate.knn_hits(train, labels, query, torch.tensor([0]), k=3, temperature=0.07) == 1  # one near beats two far
+    assert evaluate.knn_hits(train, labels, query, torch.tensor([0]), k=3, weighted=False) == 0
+    assert evaluate.knn_hits(train, labels, query, torch.tensor([0]), k=3, temperature=100.0) == 0
 
 
 def test_knn_does_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     data = (*clusters(40, noise=2.0), *clusters(30, noise=2.0, seed=1))
-    whole = evaluate.knn_accuracy(*data, k=7)
+    whole = evaluate.knn_hits(*data, k=7)
     monkeypatch.setattr(evaluate, "BLOCK", 3 * 40)
-    assert evaluate.knn_accuracy(*data, k=7) == whole
+    assert evaluate.knn_hits(*data, k=7) == whole
 
 
 def test_knn_refuses_more_neighbours_than_images() -> None:
     with pytest.raises(ValueError, match="k 41"):
-        evaluate.knn_accuracy(*clusters(40), *clusters(8), k=41)
+        evaluate.knn_hits(*clusters(40), *clusters(8), k=41)
 
 
 # ---------------------------------------------------------------------------------------------------------------- linear classifier

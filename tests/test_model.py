@@ -257,17 +257,17 @@ def test_unknown_architecture_is_refused():
 
 @pytest.mark.parametrize("batch, groups, expected", [(256, "auto", 8), (256, 6, 6), (16, 8, 8), (8, 1, 1)])
 def test_groups_that_fit(batch: int, groups, expected: int):
-    assert parallel.resolve_bn_groups(groups, batch) == expected
+    assert parallel.resolve_bn_groups(groups, batch, parallel.OneDevice()) == expected
 
 
 @pytest.mark.parametrize("batch, groups", [(9, 4), (8, 8), (10, 4), (8, "auto")])
 def test_groups_that_do_not_fit_are_refused_with_advice(batch: int, groups):
     with pytest.raises(ValueError, match=rf"batch_size {batch} .*use --bn_groups"):
-        parallel.resolve_bn_groups(groups, batch)
+        parallel.resolve_bn_groups(groups, batch, parallel.OneDevice())
 
 
 def test_uneven_groups_follow_chunk():
-    assert parallel.shares(256, 6) == [43] * 5 + [41]
+    assert parallel.chunks(256, 6) == [43] * 5 + [41]
 
 
 def test_bf16_computes_the_logits_in_float32():

@@ -23,7 +23,7 @@ SMALL = {"train": ["--arch=resnet18", "--crop=16", "--resize=16", "--feature_dim
 def commands() -> list[str]:
     """The commands in the README's code blocks and tables: `python SCRIPT.py ...`, with the flags of continued lines."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    found = re.findall(r"(?:CUDA_VISIBLE_DEVICES=\S+ )?(?:python|torchrun --nproc_per_node=\d) (?:train|test|visualize)\.py[^`\n|#]*", text)
+    found = re.findall(r"(?:CUDA_VISIBLE_DEVICES=\S+ )?(?:python|torchrun --standalone --nproc_per_node=\d) (?:train|test|visualize)\.py[^`\n|#]*", text)
     return list(dict.fromkeys(" ".join(command.split()) for command in found if "--help" not in command and not command.rstrip().endswith(" ...")))
 
 
@@ -55,7 +55,7 @@ def test_each_command_works(place: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(place)
     order = {"train": 0, "test": 1, "visualize": 2}
     for command in sorted(commands(), key=lambda c: order[re.search(r"(\w+)\.py", c)[1]]):
-        words = [word for word in shlex.split(command) if not word.startswith(("CUDA_VISIBLE_DEVICES", "--nproc_per_node"))]
+        words = [word for word in shlex.split(command) if not word.startswith(("CUDA_VISIBLE_DEVICES", "--standalone", "--nproc_per_node"))]
         script, flags = words[1].removesuffix(".py"), [w.replace("=...", "=ROOT/ILSVRC/Data/CLS-LOC/train") for w in words[2:]]
         flags += SMALL[script] + (["--overwrite"] if script == "train" and "--resume" not in flags else [])
         done = run(script, *flags) if words[0] == "python" else torchrun(ROOT / words[1], *flags)

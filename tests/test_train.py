@@ -106,6 +106,53 @@ def test_an_earlier_run_is_never_overwritten_unasked(folders: Path, tmp_path: Pa
     assert state(tmp_path)["epoch"] == 1
 
 
+def test_resume_without_a_sound_last_checkpoint(folders: Path, tmp_path: Path):
+    """It goes on from the newest sound epoch, and says so; with none it stops, and overwrites nothing."""
+    flags = ["--max_epoch=3", "--save_weight_epoch=1", "--shuffle_bn"]
+    assert pretrain(folders, tmp_path, *flags).returncode == 0
+    home = tmp_path / "IMAGENET-64" / "v1"
+    whole, last = state(tmp_path), home / "checkpoints" / "last.pth.tar"
+    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:1000])):
+        damage(last)
+        (home / "checkpoints" / "epoch_0003.pth.tar").unlink(missing_ok=True)
+        done = pretrain(folders, tmp_path, *flags, "--resume")
+        assert done.returncode == 0 and "going on from epoch_0002" in done.stderr and "resumed after step 10" in done.stdout, done.stderr
+        assert_same_run(whole, state(tmp_path))
+        assert utils.read_csv(home / "log.csv")["step"] == [2, 4, 6, 8, 10, 12, 14, 15]
+    for path in (home / "checkpoints").iterdir():
+        path.write_bytes(b"no checkpoint")
+    done, before = pretrain(folders, tmp_path, *flags, "--resume"), (home / "log.csv").read_bytes()
+    assert_last_line_is_error(done, "none of the 4 checkpoints")
+    assert (home / "log.csv").read_bytes() == before
+
+
+def test_resume_past_the_end_or_with_a_damaged_log_is_one_line(folders: Path, tmp_path: Path):
+    assert pretrain(folders, tmp_path, "--max_epoch=2").returncode == 0
+    assert_one_line_error(pretrain(folders, tmp_path, "--max_epoch=1", "--resume"), "--max_epoch 1", "step 10")
+    (tmp_path / "IMAGENET-64/v1/log.csv").write_text("")
+    assert_last_line_is_error(pretrain(folders, tmp_path, "--max_epoch=3", "--resume"), "no column step")
+
+
+@pytest.mark.parametrize("damage", [lambda c: c.pop("meter"), lambda c: c.update(step="5"), lambda c: c.update(config=[1]), lambda c: c["state_dict"].popitem(),
+                                    lambda c: c.update(format="x"), lambda c: c["optimizer"].clear()])
+def test_a_checkpoint_with_missing_or_wrong_parts_is_refused(folders: Path, tmp_path: Path, damage):
+    assert pretrain(folders, tmp_path, "--max_epoch=1").returncode == 0
+    folder = tmp_path / "IMAGENET-64/v1/checkpoints"
+    content = state(tmp_path)
+    damage(content)
+    for path in folder.iterdir():
+        torch.save(content, path)
+    assert_last_line_is_error(pretrain(folders, tmp_path, "--max_epoch=2", "--resume"), "checkpoint")
+
+
+def test_a_run_that_failed_at_its_start_leaves_no_earlier_run(folders: Path, tmp_path: Path):
+    write_folders(tmp_path / "bad", classes=2, train=40, test=2, size=16)
+    for image in (tmp_path / "bad" / "train").rglob("*.png"):
+        image.write_bytes(b"no image")
+    assert_last_line_is_error(pretrain(tmp_path / "bad", tmp_path / "out"), "cannot be read")
+    assert pretrain(folders, tmp_path / "out", "--max_epoch=1").returncode == 0
+
+
 def test_resume_in_an_empty_folder_starts_afresh_and_says_so(folders: Path, tmp_path: Path):
     done = pretrain(folders, tmp_path, "--max_epoch=1", "--resume")
     assert done.returncode == 0 and "a fresh start" in done.stdout
@@ -149,7 +196,9 @@ def test_learning_rate(cosine: bool, moments: dict[float, float]):
     (["--dataset_root=/nowhere"], ["/nowhere"]), (["--num_keys=1000"], ["--num_keys 1000", "80"]), (["--batch_size=100", "--num_keys=8"], ["--batch_size 100"]),
     (["--batch_size=16", "--bn_groups=9"], ["batch_size 16", "--bn_groups 4 or 8"]), (["--momentum=1.5"], ["--momentum 1.5"]), (["--preset=M7"], ["M7", "M3"]),
     (["--arch=vgg11"], ["vgg11", "resnet50"]), (["--device=cuda"], ["cuda", "--device cpu"]), (["--device=tpu9"], ["tpu9"]), (["--resize=12"], ["12", "16"]),
-    (["--crop_scale", "0.9", "0.2"], ["crop_scale"]), (["--mean", "0.5"], ["--mean"])])
+    (["--crop_scale", "0.9", "0.2"], ["crop_scale"]), (["--mean", "0.5"], ["--mean"]), (["--device=meta"], ["meta", "cuda:N"]), (["--shuffle_bn=true"], ["--no-shuffle_bn"]),
+    (["--shuffle_bn", "yes"], ["'yes'", "--no-shuffle_bn"]), (["--lr=2024-13-45"], ["2024-13-45"]), (["--seed=" + 400 * "9"], ["--seed"]), (["--resize=100000"], ["4096"]),
+    (["--exp_version=../x"], ["'../x'"]), (["--exp_version=" + 300 * "x"], ["short"]), (["--resume", "--overwrite"], ["exclude each other"])])
 def test_bad_input_is_one_line_and_leaves_nothing(folders: Path, tmp_path: Path, flags: list[str], parts: list[str]):
     done = pretrain(folders, tmp_path / "out", *flags)
     assert_one_line_error(done, *parts)

@@ -169,8 +169,6 @@ def test_prepare_run_folder(tmp_path: Path):
         utils.prepare_run_folder(folder, resume=False, overwrite=False)
     utils.prepare_run_folder(folder, resume=True, overwrite=False)
     assert (folder / "config.yaml").exists()
-    with pytest.raises(UserError, match="exclude"):
-        utils.prepare_run_folder(folder, resume=True, overwrite=True)
     utils.prepare_run_folder(folder, resume=False, overwrite=True)
     assert not (folder / "config.yaml").exists() and (folder / "notes.txt").exists(), "only what a run wrote is deleted"
     (tmp_path / "file").write_text("")

@@ -150,7 +150,7 @@ def test_figures_of_runs(place: Path) -> None:
     home, output = place / "output" / "IMAGENET-64", f"--encoder_output_root={place}/output"
     data = f"--dataset_root={place}/data"
     done = run("visualize.py", output, f"--result_path={place}/early", "--multiple_encoder_exp_version", "M1", "M3", *FAST)
-    assert one_line(done, "--dataset_root")  # nothing is stored yet
+    assert one_line(done, "--dataset_root") and not (place / "early").exists()  # nothing is stored yet
 
     assert run("test.py", output, data, "--encoder_exp_version=M1", *FAST).returncode == 0
     stored = (home / "M1" / "eval" / "epoch_0001" / "result.json").stat().st_mtime_ns
@@ -179,6 +179,30 @@ def test_figures_of_runs(place: Path) -> None:
     assert len(json.loads((home / "M1" / "eval" / "epoch_0001" / "result.json").read_text())["trials"]) == 3
     done = run("visualize.py", output, f"--result_path={place}/img", "--multiple_encoder_exp_version", "M1", *FAST)
     assert done.returncode == 0 and "stored" in done.stdout  # no data set is needed
+
+
+def test_a_result_of_another_measure_or_data_set_or_a_damaged_one_is_not_reused(tmp_path: Path) -> None:
+    for part in ("one", "two"):
+        class_folders(tmp_path / part / "data", seed=0, per_class=8 if part == "one" else 6)
+    home = fabricated_run(tmp_path / "output", "M1", epochs=(1,))
+    flags = [f"--encoder_output_root={tmp_path}/output", f"--result_path={tmp_path}/img", "--encoder_exp_version=M1", *FAST]
+    assert run("test.py", *flags[:1], *flags[2:], f"--dataset_root={tmp_path}/one/data", "--encoder=random", "--no-linear_mirror").returncode == 0
+
+    def says(word: str, *more: str) -> None:
+        done = run("visualize.py", *flags, *more)
+        assert done.returncode == 0 and f"M1, epoch 1: {word}" in done.stdout and "untrained" not in done.stdout, (done.stdout, done.stderr)
+    one = f"--dataset_root={tmp_path}/one/data"
+    says("evaluating", one)
+    says("stored", one)
+    says("evaluating", one, "--no-knn_weighted")
+    says("evaluating", one, "--knn_k=3")
+    says("evaluating", f"--dataset_root={tmp_path}/two/data", "--knn_k=3")  # of the same name
+    (home / "eval" / "epoch_0001" / "result.json").write_text("[1]")
+    says("evaluating", one, "--knn_k=3")
+    (home / "eval" / "epoch_0001" / "accuracy.csv").write_text("")
+    assert one_line(run("visualize.py", *flags, one, "--knn_k=3"), "no column trial")
+    (home / "log.csv").write_text("step,loss\n")
+    assert one_line(run("visualize.py", *flags, one, "--knn_k=3"), "no rows yet")
 
 
 @pytest.mark.parametrize("flags, words", [
