@@ -547,7 +547,7 @@ def test_shapes_have_no_mark_of_an_instance() -> None:
     assert np.abs(corners - corners.mean(axis=0)).mean() < 4  # the texture's own unevenness
     down, across = np.gradient(grey[labels == dataloader.SHAPE_CLASSES.index("stripes")], axis=(1, 2))
     tilt = np.degrees(0.5 * np.arctan2(2 * (down * across).sum(axis=(1, 2)), (across ** 2 - down ** 2).sum(axis=(1, 2))))  # of the structure tensor
-    assert 15 < np.abs(tilt).max() < 25  # pixels blur the measure
+    assert 11 < np.abs(tilt).max() < 20  # pixels blur the measure
 
 
 def test_shapes_splits() -> None:
