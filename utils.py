@@ -272,8 +272,11 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None
-    except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be written: {error.strerror or error}") from None
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save on a full disk raises another error on top
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"{str(path)!r} cannot be written: {cause.strerror or cause}") from None
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):

@@ -87,6 +87,8 @@ def alone(data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Ca
         if name not in done:
             done[name] = run("train", *flags_of(name, data, out))
             assert done[name].returncode == 0, done[name].stderr
+            for copy_of_last in run_of(name, out).glob("checkpoints/epoch_*"):
+                copy_of_last.unlink()  # 270 MB each
         return run_of(name, out)
     return get
 
@@ -140,7 +142,7 @@ def test_a_run_goes_on_with_other_processes(data: dict[str, Path], alone: Callab
     assert_same_curve(alone(name), run_of(name, tmp_path), 1e-9)
 
 
-def test_evaluation_on_two_processes_counts_every_image_once(data: dict[str, Path], alone: Callable[[str], Path], tmp_path: Path) -> None:
+def test_evaluation_on_two_devices_counts_every_image_once(data: dict[str, Path], alone: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     home = alone("v1 shuffled").parents[1]
     flags = [f"--dataset_root={data['large']}", f"--encoder_output_root={home}", "--device=cpu", "--num_workers=0", "--linear_epochs=3", "--trials=2",
              "--precision=fp64", "--knn_k=7", "--eval_batch_size=5"]
@@ -149,8 +151,12 @@ def test_evaluation_on_two_processes_counts_every_image_once(data: dict[str, Pat
     two = json.loads(result.read_text())
     assert run("test", *flags).returncode == 0
     one = json.loads(result.read_text())
+    monkeypatch.setattr(parallel, "launch", lambda _: parallel.Replicas(torch.device("cpu"), 2, lambda module: DataParallelOnCpu(module, 2)))
+    done = run("test", *flags)
+    assert done.returncode == 0 and "torchrun" in done.stdout, done.stderr
+    replicas = json.loads(result.read_text())
     for name in ("knn_top1", "trials", "heldout_top1", "train_images", "test_images"):
-        assert one[name] == two[name], name
+        assert one[name] == two[name] == replicas[name], name
 
 
 def test_the_identity_for_a_permutation_is_plain_batch_norm(data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +164,8 @@ def test_the_identity_for_a_permutation_is_plain_batch_norm(data: dict[str, Path
     name = "v1 shuffled"
     plain, identity = (flags_of(name, data, tmp_path / part) for part in ("plain", "identity"))
     assert run("train", *plain, "--no-shuffle_bn").returncode == 0
-    monkeypatch.setattr(parallel, "shuffle", lambda x, permutation: x)
-    monkeypatch.setattr(parallel, "unshuffle", lambda x, permutation: x)
+    for function in (parallel.shuffle, parallel.unshuffle):
+        monkeypatch.setattr(parallel, function.__name__, lambda x, permutation, function=function: function(x, torch.arange(len(permutation))))
     assert run("train", *identity).returncode == 0
     assert_same_curve(run_of(name, tmp_path / "plain"), run_of(name, tmp_path / "identity"), 1e-12)
 

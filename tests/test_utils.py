@@ -1,7 +1,10 @@
 """Configuration, random streams, and the files of a run."""
 
+import os
 import pickle
 import re
+import resource
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,6 +100,21 @@ def test_streams_are_reproducible_and_apart():
     assert draw(1, "query", 5) == draw(1, "query", 5)
     others = [draw(1, "query", 6), draw(2, "query", 5), draw(1, "key", 5), draw(6, "query", 0), draw(5, "query", 1)]
     assert len({tuple(x) for x in [draw(1, "query", 5), *others]}) == 6
+
+
+def test_a_checkpoint_that_finds_no_room_is_one_line_and_keeps_the_old_one(tmp_path: Path):
+    """A limit on the size of files stands for the full disk; torch.save hides the system's error behind another."""
+    path = tmp_path / "last.pth.tar"
+    utils.save_checkpoint(path, {"state_dict": {}, "step": 1})
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        with pytest.raises(UserError, match="last.pth.tar' cannot be written: File too large"):
+            utils.save_checkpoint(path, {"state_dict": {"x": torch.zeros(1_000_000)}, "step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert utils.load_checkpoint(path)["step"] == 1 and os.listdir(tmp_path) == ["last.pth.tar"]
 
 
 def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path: Path):
