@@ -1,7 +1,7 @@
 """Does the GPU compute what the CPU does? For a machine with an NVIDIA GPU; prints a table, exits with 1 if a line fails.
 
-    python benchmarks/gpu.py                  about three minutes on one GPU
-    python benchmarks/gpu.py --device cpu     tries the script itself where there is no GPU: everything must agree
+    python benchmarks/gpu.py                  on one GPU, or several
+    python benchmarks/gpu.py --device cpu     tries the script itself where there is no GPU, in seven minutes: everything must agree
 
 Float64 over 20 steps, float32 (TF32 off) over one step, eight batch-norm groups on one GPU, and torchrun with one process (NCCL); on a
 machine with several GPUs also nn.DataParallel and torchrun over two of them.
@@ -71,9 +71,9 @@ def main() -> None:
                 train(out, "one", ["--precision=fp64", device, "--bn_groups=2"])
                 train(out, "two", ["--precision=fp64", device, "--bn_groups=2"], launch, gpus="0,1")
                 check(f"{name}, float64, 20 steps", difference(out, "one", "two"), 1e-6)
-        loss = train(out, "groups", [device, "--batch_size=64", "--bn_groups=8", "--num_keys=512", "--lr=0.03", "--momentum=0.99", "--max_epoch=4"])["loss"]
-        check("8 groups, shuffled, precision auto, 4 epochs: loss of the last 50 steps less that of steps 20 to 70",
-              statistics.fmean(loss[-50:]) - statistics.fmean(loss[20:70]), 0)
+        demo = ["--crop=32", "--feature_dim=128", "--batch_size=64", "--bn_groups=8", "--num_keys=512", "--lr=0.03", "--cosine", "--momentum=0.99", "--max_epoch=9"]
+        loss = train(out, "groups", [device, *demo])["loss"]
+        check("the demo with 8 groups, precision auto: loss of the last 50 steps (chance: 6.24)", statistics.fmean(loss[-50:]), 5.9)
     sys.exit(failed)
 
 
