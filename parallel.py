@@ -157,7 +157,7 @@ class OneDevice:
         return torch.device("cpu") if self.device.type == "mps" else self.device
 
     def __enter__(self) -> "OneDevice":
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.device.index is not None:  # plain cuda is the current one
             torch.cuda.set_device(self.device)
         return self
 

@@ -258,6 +258,19 @@ def test_launches_by_environment_and_devices(monkeypatch: pytest.MonkeyPatch) ->
         parallel.launch("auto")
 
 
+@pytest.mark.parametrize("name, chosen", [("cuda", []), ("cuda:1", [torch.device("cuda:1")]), ("cpu", [])])
+def test_one_gpu_needs_no_number(name: str, chosen: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch refuses to choose plain cuda, which is the current GPU as it is; cuda:1 is chosen, or pinned memory would open GPU 0."""
+    found: list[torch.device] = []
+
+    def set_device(device: torch.device) -> None:
+        torch.cuda._utils._get_device_index(device)  # raises as torch.cuda.set_device does
+        found.append(device)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    with parallel.OneDevice(torch.device(name)):
+        assert found == chosen
+
+
 def process(rank: int, count: int, monkeypatch: pytest.MonkeyPatch) -> parallel.Processes:
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(count))
