@@ -60,24 +60,40 @@ class Batch:
 
 
 class Failures:
-    """Images of a run that could not be read: each named once; more than 1 % of the data set is a UserError."""
+    """Images of a run that could not be read: each named once, and written to `file`; more than 1 % of the data set is a UserError."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self.paths, self._known = total, [], set()
+    def __init__(self, total: int, file: Path | None = None) -> None:
+        self.total, self.paths = total, []
+        self._known: set[str] = set()
+        self.untold: list[str] = []  # to the other processes
+        self._lines = utils.Lines(file) if file else None
+        self._written = set(os.fsdecode(file.read_bytes()).split("\n")) if file and file.exists() else set()
 
-    def add(self, paths: list[str]) -> None:
+    def add(self, paths: list[str], told: bool = False) -> None:
+        """Count paths, those that are new; `told` by another process, which has named them."""
         for path in paths:
             if path in self._known:
                 continue
             self._known.add(path)
             self.paths.append(path)
-            if len(self.paths) <= 10:
-                more = " (further ones are only counted)" if len(self.paths) == 10 else ""
-                print(f"warning: {path!r} cannot be read as an image: another one takes its place{more}", file=sys.stderr, flush=True)
+            line = path.replace("\n", "\\n")
+            if self._lines and line not in self._written:
+                self._lines.append(line)
+            if not told:
+                self.untold.append(path)
+                if len(self.paths) <= 10:
+                    where = f" (further ones are named in {self._lines.path})" if self._lines else " (further ones are only counted)"
+                    print(f"warning: {path!r} cannot be read as an image: another one takes its place{where * (len(self.paths) == 10)}",
+                          file=sys.stderr, flush=True)
         if 100 * len(self.paths) > self.total:
             share = 100 * len(self.paths) / self.total
             raise UserError(f"{len(self.paths)} of {self.total} images ({share:.1f} %) cannot be read, first {self.paths[0]!r}: "
                             "remove or repair them (up to 1 % are replaced)")
+
+    def tell(self, launch: parallel.OneDevice) -> None:
+        """Let all processes count what each has found since the last time."""
+        found, self.untold = launch.collect(self.untold), []
+        self.add(found, told=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------- what is there
@@ -309,7 +325,7 @@ class FolderImages:
         """A file as uint8 (S, S, 3), and its original width / height (1 after a centre crop)."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, on odd metadata of images that it reads well
-            with Image.open(path) as image:
+            with open(path, "rb", opener=_open_without_waiting) as file, Image.open(file) as image:
                 return self._decode(image)
 
     def _decode(self, image: Image.Image) -> tuple[np.ndarray, float]:
@@ -327,6 +343,11 @@ class FolderImages:
             box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
             pixels, aspect = as_rgb(image).resize((self.crop, self.crop), Image.Resampling.BILINEAR, box=box), 1.0
         return np.asarray(pixels if turn is None else pixels.transpose(turn)), aspect  # turning last, when it is small
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """As `open` does, but a pipe that is named like an image does not stop the run."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:

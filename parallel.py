@@ -204,6 +204,10 @@ class OneDevice:
         """The sum of a tensor over processes, on every process."""
         return x
 
+    def collect(self, items: list[str]) -> list[str]:
+        """The items of all processes, on every process."""
+        return items
+
     def agreed(self, wishes: Sequence[int], meeting: bool = True) -> list[int]:
         """The largest of each wish over processes. Several processes ask each other only at a `meeting`, all at the same step; else 0."""
         return list(wishes)
@@ -326,6 +330,11 @@ class Processes(OneDevice):
         x = x.clone()
         dist.all_reduce(x)
         return x
+
+    def collect(self, items: list[str]) -> list[str]:
+        parts: list[list[str]] = [[]] * self.processes
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
 
     def agreed(self, wishes: Sequence[int], meeting: bool = True) -> list[int]:
         if not meeting:

@@ -43,12 +43,15 @@ def main(argv: list[str]) -> None:
     folder = utils.run_folder(cfg.output_root, cfg.dataset_name, cfg.exp_version)
     if cfg.resume and cfg.overwrite:
         raise UserError("--resume and --overwrite exclude each other: give one")
+    lock = utils.RunLock(folder)
+    if launch.rank == 0 and cfg.resume and folder.is_dir():
+        lock.take()  # before the checkpoint is read
     checkpoint, path = utils.checkpoint_to_resume(folder) if cfg.resume else (None, None)
     dataset, recipe = set_up(cfg, launch, checkpoint)
     if checkpoint is not None:
         refuse_changes(checkpoint, cfg, dataset, path)
     if launch.rank == 0:
-        utils.prepare_run_folder(folder, cfg.resume, cfg.overwrite)
+        utils.prepare_run_folder(folder, lock, cfg.resume, cfg.overwrite)
         announce(cfg, folder, dataset, launch, checkpoint)
     cfg.resume = cfg.overwrite = False  # how this process began is no property of the run
     with launch:
@@ -58,14 +61,14 @@ def main(argv: list[str]) -> None:
 def train(cfg: SimpleNamespace, launch: parallel.OneDevice, folder: Path, dataset: Any, recipe: augment.Recipe,
           checkpoint: dict[str, Any] | None) -> None:
     """Set up the model, and the loop."""
-    device, last = launch.device, folder / "checkpoints" / "last.pth.tar"
+    device = launch.device
     torch.manual_seed(utils.generator(cfg.seed, "weights").initial_seed())
     moco = MoCo(arch=cfg.arch, feature_dim=cfg.feature_dim, num_keys=cfg.num_keys, momentum=cfg.momentum,
                 temperature=cfg.temperature, bn_groups=cfg.bn_groups // launch.devices, mlp=cfg.mlp)
     moco.to(device=device, dtype=parallel.precision_dtype(cfg.precision), memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(moco.encoder_q.parameters(), lr=cfg.lr, momentum=cfg.sgd_momentum,
                                 weight_decay=cfg.weight_decay, fused=device.type != "mps")
-    failures = dataloader.Failures(len(dataset))
+    failures = dataloader.Failures(len(dataset), folder / "unreadable.txt" if launch.rank == 0 else None)
     stop = utils.StopSignal()
     steps_per_epoch = len(dataset) // cfg.batch_size
     meter = Meter(launch, parallel.precision_dtype(cfg.precision))
@@ -76,10 +79,11 @@ def train(cfg: SimpleNamespace, launch: parallel.OneDevice, folder: Path, datase
         fill_queue(moco, dataset, recipe, cfg, launch, failures, stop)
     if launch.rank == 0:
         log = utils.Log(folder / "log.csv", LOG_COLUMNS, step)
+        saver = utils.Saver(folder, log, cfg.save_every_minutes, step if checkpoint else None)
         utils.write_yaml(folder / "config.yaml", cfg)
 
     total = cfg.max_epoch * steps_per_epoch
-    started = last_row = last_save = time.monotonic()
+    started = last_save = time.monotonic()
     batches = dataloader.iterate(dataset, order(len(dataset), cfg, step, launch), num_workers=cfg.num_workers, failures=failures)
     moco.train()
     for step, batch in enumerate(batches, start=step + 1):
@@ -97,27 +101,24 @@ def train(cfg: SimpleNamespace, launch: parallel.OneDevice, folder: Path, datase
         meter.add(loss, contrast_hits(logits), cfg.batch_size)
 
         logs = step % cfg.log_every == 0 or step == total
-        epoch_ends = step % steps_per_epoch == 0
-        keep = epoch_ends and (step // steps_per_epoch % cfg.save_weight_epoch == 0 or step == total)
+        epoch, epoch_ends = (step - 1) // steps_per_epoch + 1, step % steps_per_epoch == 0
+        keep = epoch_ends and (epoch % cfg.save_weight_epoch == 0 or step == total)
         due = time.monotonic() - last_save > 60 * cfg.save_every_minutes
-        stopped, due = launch.agreed([stop.received or 0, due], meeting=logs)
+        stopped, due, broken = launch.agreed([stop.received or 0, due, len(failures.untold)], meeting=logs)
+        if broken:
+            failures.tell(launch)
         if logs or keep or stopped or due:  # the only places where a number leaves the device
-            means = meter.read(step, last)  # a loss that is not finite stops here, before it reaches a checkpoint
+            means = meter.read(step, folder)  # a loss that is not finite stops here, before it reaches a checkpoint
         if logs:
-            now = time.monotonic()
-            row = {"step": step, "epoch": (step - 1) // steps_per_epoch + 1, **means, "lr": optimizer.param_groups[0]["lr"],
-                   "images_per_second": meter.images / (now - last_row)}
+            row = {"step": step, "epoch": epoch, **means, "lr": optimizer.param_groups[0]["lr"]}
             if launch.rank == 0:
-                log.append(row)
+                log.add(row)
                 report(row, cfg, total)
             meter.reset()
-            last_row = now
         if keep or stopped or step == total or due:
-            content = snapshot(cfg, step, steps_per_epoch, moco, optimizer, meter, len(dataset))
+            content = snapshot(cfg, step, steps_per_epoch, moco, optimizer, meter, len(dataset), folder)
             if launch.rank == 0:
-                if keep:
-                    utils.save_checkpoint(folder / "checkpoints" / f"epoch_{step // steps_per_epoch:04d}.pth.tar", content)
-                utils.save_checkpoint(last, content)
+                saver.save(content, epoch if keep else None, last_chance=bool(stopped) or step == total)
             last_save = time.monotonic()
         if stopped and step < total:
             if launch.rank == 0:
@@ -231,28 +232,54 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        self.sums, self.steps, self.images = torch.zeros(2, dtype=self.dtype, device=self.launch.device), 0, 0  # loss, contrast hits
+        self.sums = torch.zeros(2, dtype=self.dtype, device=self.launch.device)  # loss, contrast hits
+        self.sound = torch.zeros((), dtype=torch.int64, device=self.launch.device)  # steps before the first loss that is not finite
+        self.steps, self.images, self.since = 0, 0, time.monotonic()
 
     def add(self, loss: torch.Tensor, hits: torch.Tensor, images: int) -> None:
         self.sums += torch.stack([loss.detach() / self.launch.processes, hits])
+        self.sound += self.sums[0].isfinite()  # once it is not, it stays so
         self.steps, self.images = self.steps + 1, self.images + images
 
-    def read(self, step: int, last: Path) -> dict[str, float]:
-        """Mean loss and contrast accuracy in percent, over all processes; UserError if the loss was not finite."""
+    def read(self, step: int, folder: Path) -> dict[str, float]:
+        """Mean loss, contrast accuracy in percent and images/s, over all processes; UserError if a loss was not finite."""
         loss, hits = self.launch.total(self.sums).tolist()
         if not math.isfinite(loss):
-            where = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
-            raise UserError(f"the loss was not finite in one of the {self.steps} steps up to {step}: {where}; try a lower --lr")
-        return {"loss": loss / max(1, self.steps), "contrast_top1": 100 * hits / max(1, self.images)}
+            first = step - self.steps + 1 - self.launch.agreed([-int(self.sound)])[0]
+            raise UserError(f"the loss of step {first} was not finite: {last_good(folder)}; try a lower --lr")
+        return {"loss": loss / max(1, self.steps), "contrast_top1": 100 * hits / max(1, self.images),
+                "images_per_second": self.images / max(1e-9, time.monotonic() - self.since)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.launch.total(self.sums), "steps": self.steps, "images": self.images, "seconds": time.monotonic() - self.since}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.reset()
+        self.steps, self.images, self.since = state["steps"], state["images"], self.since - state.get("seconds", 0.0)
+        self.sound += self.steps
+        if self.launch.rank == 0:  # the sums of all processes
+            self.sums = state["sums"].to(self.sums)
+
+
+def last_good(folder: Path) -> str:
+    path = folder / "checkpoints" / "last.pth.tar"
+    return f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
 
 
 def snapshot(cfg: SimpleNamespace, step: int, steps_per_epoch: int, moco: MoCo, optimizer: torch.optim.Optimizer, meter: Meter,
-             images: int) -> dict[str, Any]:
-    """All that an exact continuation needs, on any launch; state_dict under the reference's keys (module.encoder_q.*, module.queue)."""
+             images: int, folder: Path) -> dict[str, Any]:
+    """All that an exact continuation needs, on any launch; state_dict under the reference's keys (module.encoder_q.*, module.queue).
+
+    UserError if a weight is not finite, which the loss would show at the next step only.
+    """
+    state = moco.launch.state_dict(moco)
+    wrong = [name for name, value in state.items() if not value.isfinite().all()]
+    if wrong:
+        raise UserError(f"after step {step} {wrong[0]} is not finite: {last_good(folder)}; try a lower --lr")
     return {"epoch": step // steps_per_epoch, "step": step, "arch": cfg.arch,
-            "state_dict": {f"module.{name}": value for name, value in moco.launch.state_dict(moco).items()},
+            "state_dict": {f"module.{name}": value for name, value in state.items()},
             "optimizer": optimizer.state_dict(), "config": vars(cfg), "images": images,
-            "meter": {"sums": moco.launch.total(meter.sums), "steps": meter.steps, "images": meter.images}, "provenance": utils.provenance()}
+            "meter": meter.state_dict(), "provenance": utils.provenance()}
 
 
 def refuse_changes(checkpoint: dict[str, Any], cfg: SimpleNamespace, dataset: Any, path: Path) -> None:
@@ -277,14 +304,11 @@ def restore(checkpoint: dict[str, Any], moco: MoCo, optimizer: torch.optim.Optim
     try:
         moco.load_state_dict({name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()})
         optimizer.load_state_dict(checkpoint["optimizer"])
+        meter.load_state_dict(checkpoint["meter"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the checkpoint does not fit its own settings, it is damaged: {' '.join(str(error).split())[:160]}") from None
     for group in optimizer.param_groups:
         group["fused"] = fused
-    saved = checkpoint["meter"]
-    meter.steps, meter.images = saved["steps"], saved["images"]
-    if meter.launch.rank == 0:  # the sums of all processes
-        meter.sums = saved["sums"].to(meter.sums)
     return checkpoint["step"]
 
 

@@ -7,6 +7,8 @@ import argparse
 import contextlib
 import csv
 import difflib
+import errno
+import fcntl
 import functools
 import hashlib
 import json
@@ -16,6 +18,7 @@ import platform
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -264,7 +267,7 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
             temporary = file.name
             write(file)
             file.flush()
@@ -272,6 +275,8 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None
+        with contextlib.suppress(OSError), _opened(path.parent) as folder:  # some file systems cannot, and need not
+            os.fsync(folder)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save on a full disk raises another error on top
         if not isinstance(cause, OSError):
@@ -281,6 +286,15 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        yield number
+    finally:
+        os.close(number)
 
 
 def _umask() -> int:
@@ -328,18 +342,49 @@ def run_folder(output_root: str, dataset_name: str, exp_version: str) -> Path:
     return Path(output_root) / dataset_name / exp_version
 
 
-def prepare_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Create the folder of a run; an earlier run in it is continued (`resume`), deleted (`overwrite`), or an error."""
+class RunLock:
+    """Keeps a second run out of a folder. The system frees it when its process ends, however that ends; child processes do not inherit it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file: BinaryIO | None = None
+
+    def take(self) -> None:
+        """Lock the folder, which must exist; nothing if this process has it already. UserError if another process has."""
+        if self._file is not None:
+            return
+        try:
+            self._file = open(self.folder / ".lock", "a+b")
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would live on in orphaned workers
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            self._file.flush()
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                self._file.seek(0)
+                owner = self._file.read(200).decode(errors="replace") or "another process"
+                raise UserError(f"{str(self.folder)!r} is in use by {owner}: wait for it, stop it, or name another --exp_version") from None
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise UserError(f"{str(self.folder)!r} cannot be written: {error.strerror}: choose another --output_root") from None
+            print(f"warning: the file system of {str(self.folder)!r} has no locks: see to it yourself that no second run writes there", file=sys.stderr)
+
+
+def prepare_run_folder(folder: Path, lock: RunLock, resume: bool, overwrite: bool) -> None:
+    """Create the folder of a run and lock it; an earlier run in it is continued (`resume`), deleted (`overwrite`), or an error."""
     earlier = [name for name in ("config.yaml", "log.csv") if (folder / name).exists()]
     earlier += ["checkpoints"] if any((folder / "checkpoints").glob("*.pth.tar")) else []
     if earlier and not (resume or overwrite):
         raise UserError(f"{str(folder)!r} holds an earlier run: continue it with --resume, replace it with --overwrite, "
                         "or name another --exp_version")
     try:
-        if overwrite:
-            for name in [*earlier, "eval", "loss.png"]:
-                shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink(missing_ok=True)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock.take()
+        if not resume:
+            for name in [*earlier, "eval", "loss.png", "unreadable.txt"] if overwrite else ["unreadable.txt"]:
+                shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink(missing_ok=True)
+            (folder / "checkpoints").mkdir(exist_ok=True)
+        for left in (*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp")):  # by a run that was killed while it wrote
+            left.unlink(missing_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
@@ -405,24 +450,90 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {str(path)!r} is damaged: its {', '.join(wrong)} cannot be what they are")
     if content.get("format", 0) > CHECKPOINT_FORMAT:
         raise UserError(f"checkpoint {str(path)!r} is of a newer version ({content['format']}) than this code ({CHECKPOINT_FORMAT}): update the code")
+    if "format" in content:  # written here, so with the checksums that torch.load passes over
+        with zipfile.ZipFile(path) as file:
+            if file.testzip() is not None:
+                raise UserError(f"checkpoint {str(path)!r} is refused: its checksum is wrong, so it is damaged")
     return content
 
 
-class Log:
-    """log.csv: a row every `log_every` steps, appended; on resume, rows after the checkpoint's step go."""
+class Lines:
+    """A text file that grows by lines. What cannot be written waits for the next try; a crash may at most cut the last line short."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._waiting = path, []
+        self._size = path.stat().st_size if path.exists() else 0
+
+    def append(self, line: str) -> None:
+        """Write a line, or say once that it must wait."""
+        self._waiting.append(line)
+        try:
+            self.flush()
+        except UserError as error:
+            if len(self._waiting) == 1:
+                print(f"warning: {error}: its lines wait for the next try", file=sys.stderr, flush=True)
+
+    def flush(self, to_disk: bool = False) -> None:
+        """Write what waits (`to_disk`: so that it outlives a power cut); UserError if it cannot be written."""
+        try:
+            with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+                file.seek(min(self._size, file.seek(0, os.SEEK_END)))
+                file.truncate()  # half a line, of a try that failed
+                file.write(b"".join(os.fsencode(line) + b"\n" for line in self._waiting))
+                file.flush()
+                self._size, self._waiting = file.tell(), []
+                if to_disk:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"{str(self.path)!r} cannot be written: {error.strerror}") from None
+
+
+class Log(Lines):
+    """log.csv: a row every `log_every` steps; on resume, rows after the checkpoint's step go."""
 
     def __init__(self, path: Path, header: list[str], step: int) -> None:
-        self.path, self.header = path, header
+        self.header = header
         old = read_csv(path, header) if path.exists() and step else {"step": []}
         keep = [i for i, s in enumerate(old["step"]) if s <= step]
         write_csv(path, header, [[f"{old[name][i]:.10g}" for name in header] for i in keep])
+        super().__init__(path)
 
-    def append(self, row: dict[str, float]) -> None:
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(",".join(f"{row[name]:.10g}" for name in self.header) + "\n")
-        except OSError as error:
-            raise UserError(f"{str(self.path)!r} cannot be written: {error.strerror}") from None
+    def add(self, row: dict[str, float]) -> None:
+        self.append(",".join(f"{row[name]:.10g}" for name in self.header))
+
+
+class Saver:
+    """Saves a run's checkpoints, the log first. A save that fails leaves the old file and is tried again; the second failure in a row ends the run."""
+
+    RETRY_S = 10.0
+
+    def __init__(self, folder: Path, log: Log, every_minutes: float, step: int | None) -> None:
+        self.folder, self.log, self.every_minutes = folder / "checkpoints", log, every_minutes
+        self._step, self._failed = step, False  # of the last checkpoint that is sound
+
+    def save(self, content: dict[str, Any], epoch: int | None = None, last_chance: bool = False) -> None:
+        """Write last.pth.tar, and an epoch's own file if one is given; UserError if it fails twice in a row.
+
+        A failure waits for the next save, but one of an epoch's file, or a `last_chance` before the run ends, only RETRY_S seconds.
+        """
+        names = ([f"epoch_{epoch:04d}.pth.tar"] if epoch is not None else []) + ["last.pth.tar"]
+        while True:
+            try:
+                self.log.flush(to_disk=True)  # a checkpoint never knows of steps that the log has lost
+                for name in names:
+                    save_checkpoint(self.folder / name, content)
+                self._step, self._failed = content["step"], False
+                return
+            except UserError as error:
+                good = "there is no checkpoint yet" if self._step is None else f"the last good checkpoint is of step {self._step}"
+                if self._failed:
+                    raise UserError(f"{error}, twice in a row; {good}: make room, then go on with --resume") from None
+                self._failed, soon = True, last_chance or epoch is not None
+                print(f"warning: {error}; {good}, and the next try comes in {duration(self.RETRY_S if soon else 60 * self.every_minutes)}",
+                      file=sys.stderr, flush=True)
+                if not soon:
+                    return
+                time.sleep(self.RETRY_S)
 
 
 # ---------------------------------------------------------------------------------------------------------- what a run shows

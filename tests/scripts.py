@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import signal
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,16 @@ def script_module(script: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("localhost", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
 
 
 def assert_one_line_error(done: Done, *parts: str) -> None:

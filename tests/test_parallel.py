@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,8 +15,9 @@ import pytest
 import torch
 import torch.nn as nn
 from data import write_folders
-from scripts import Done, run
+from scripts import Done, free_ports, run
 
+import dataloader
 import model
 import parallel
 import train
@@ -34,6 +34,7 @@ JOBS = {
     "v2 shuffled, uneven over 4": (["--batch_size=14", "--bn_groups=4", "--shuffle_bn", "--mlp", "--log_every=1"], (4,)),  # 4, 4, 4, 2
     "v1 shuffled, uneven over 2": (["--batch_size=15", "--bn_groups=2", "--shuffle_bn", "--log_every=1"], (2,)),  # 8, 7
     "v1 random queue": (["--batch_size=16", "--bn_groups=2", "--shuffle_bn", "--queue_init=random", "--log_every=5"], (2,)),
+    "broken images": (["--batch_size=20", "--bn_groups=2", "--shuffle_bn", "--queue_init=random", "--max_epoch=1", "--log_every=5"], (2,)),
     "float32, one step": (["--batch_size=16", "--bn_groups=4", "--shuffle_bn", "--precision=fp32", "--max_epoch=1", "--num_keys=16", "--log_every=1"], (2, 4)),
     "bfloat16, one step": (["--batch_size=16", "--bn_groups=4", "--shuffle_bn", "--precision=bf16", "--max_epoch=1", "--num_keys=16", "--log_every=1"], (2,)),
 }
@@ -42,25 +43,19 @@ TOLERANCE = {"float32, one step": 1e-4, "bfloat16, one step": 2e-2}  # the other
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Class folders of 52 images, and for the one step of 24; both with a test split."""
+    """Class folders of 52 images, and for the one step of 24, both with a test split; and 200 of which the first that each of two processes reads are broken."""
     root = tmp_path_factory.mktemp("data")
     write_folders(root / "large", classes=4, train=IMAGES // 4, test=8, size=16)
     write_folders(root / "small", classes=4, train=6, test=2, size=16)
-    return {name: root / ("small" if "one step" in name else "large") for name in [*JOBS, "large"]}
+    write_folders(root / "broken", classes=4, train=50, test=1, size=16)
+    first = dataloader.epoch_batches(200, 20, seed=0, epoch=0)[0]
+    for index in first[[0, 10]].tolist():
+        (root / "broken" / "train" / f"class{index // 50}" / f"{index % 50:03}.png").write_bytes(b"no image")
+    return {name: root / ("small" if "one step" in name else "broken" if "broken" in name else "large") for name in [*JOBS, "large"]}
 
 
 def flags_of(name: str, data: dict[str, Path], out: Path, *more: str) -> list[str]:
     return [*BASE, *JOBS[name][0], f"--dataset_root={data[name]}", f"--output_root={out / name.replace(' ', '_').replace(',', '')}", *more]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("localhost", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def on_processes(count: int, commands: list[list[str]]) -> list[tuple[str, list[dict[str, int]]]]:
@@ -119,6 +114,9 @@ def test_several_processes_follow_the_curve_of_one(count: int, data: dict[str, P
     results = on_processes(count, [["train", *flags_of(name, data, tmp_path)] for name in names])
     for name in names:
         assert_same_curve(alone(name), run_of(name, tmp_path), TOLERANCE.get(name, 1e-9))
+        if "broken" in name:  # the first process writes what any of them found
+            found = [sorted((folder / "unreadable.txt").read_text().splitlines()) for folder in (alone(name), run_of(name, tmp_path))]
+            assert len(found[0]) == 2 and found[0] == found[1]
     for rank, (out, calls) in enumerate(results):
         spoken = [line for line in out.splitlines() if not line.startswith("CALLS")]
         assert bool(spoken) == (rank == 0)  # the first one speaks

@@ -48,7 +48,7 @@ def test_a_run_writes_what_it_promises(folders: Path, tmp_path: Path):
     done = pretrain(folders, tmp_path, "--max_epoch=3", "--save_weight_epoch=2", "--shuffle_bn")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "IMAGENET-64" / "v1"
-    assert sorted(p.name for p in folder.iterdir()) == ["checkpoints", "config.yaml", "log.csv", "loss.png"]
+    assert sorted(p.name for p in folder.iterdir()) == [".lock", "checkpoints", "config.yaml", "log.csv", "loss.png"]
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["epoch_0002.pth.tar", "epoch_0003.pth.tar", "last.pth.tar"]
     log = utils.read_csv(folder / "log.csv")
     assert list(log) == train.LOG_COLUMNS and log["step"] == [2, 4, 6, 8, 10, 12, 14, 15] and log["epoch"] == [1, 1, 2, 2, 2, 3, 3, 3]

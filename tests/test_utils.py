@@ -133,7 +133,7 @@ def test_log_drops_rows_after_the_checkpoint_and_a_torn_line(tmp_path: Path):
     header = ["step", "loss"]
     log = utils.Log(tmp_path / "log.csv", header, 0)
     for step in (2, 4, 6):
-        log.append({"step": step, "loss": step / 10})
+        log.add({"step": step, "loss": step / 10})
     with open(tmp_path / "log.csv", "a") as file:
         file.write("8")  # the power went
     utils.Log(tmp_path / "log.csv", header, 4)
@@ -180,18 +180,18 @@ def test_checkpoints_that_cannot_be_trusted_are_refused(tmp_path: Path, capsys: 
 
 def test_prepare_run_folder(tmp_path: Path):
     folder = tmp_path / "D" / "v1"
-    utils.prepare_run_folder(folder, resume=False, overwrite=False)
+    utils.prepare_run_folder(folder, utils.RunLock(folder), resume=False, overwrite=False)
     (folder / "config.yaml").write_text("x")
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="--resume.*--overwrite"):
-        utils.prepare_run_folder(folder, resume=False, overwrite=False)
-    utils.prepare_run_folder(folder, resume=True, overwrite=False)
+        utils.prepare_run_folder(folder, utils.RunLock(folder), resume=False, overwrite=False)
+    utils.prepare_run_folder(folder, utils.RunLock(folder), resume=True, overwrite=False)
     assert (folder / "config.yaml").exists()
-    utils.prepare_run_folder(folder, resume=False, overwrite=True)
+    utils.prepare_run_folder(folder, utils.RunLock(folder), resume=False, overwrite=True)
     assert not (folder / "config.yaml").exists() and (folder / "notes.txt").exists(), "only what a run wrote is deleted"
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        utils.prepare_run_folder(tmp_path / "file" / "v1", resume=False, overwrite=False)
+        utils.prepare_run_folder(tmp_path / "file" / "v1", utils.RunLock(tmp_path / "file" / "v1"), resume=False, overwrite=False)
 
 
 def test_durations():
