@@ -241,33 +241,57 @@ def _boxes(aspect: Tensor, area: Tensor, ratio: Tensor, place: Tensor, bounds: t
 
 
 def _crop(images: Tensor, params: Params, crop: int, dtype: torch.dtype) -> Tensor:
-    """Crop, antialiased resize and flip: (N, C, H, W) uint8 -> colour planes (3, N, crop, crop) in [0, 1]."""
-    height, width = images.shape[2:]
+    """Crop, antialiased resize and flip: (N, C, H, W) uint8 -> colour planes (3, N, crop, crop) in [0, 1].
+
+    Two matrix products. A block of output rows needs a strip of the image only: multiplying strips saves most of the first product.
+    """
+    n, height, width = len(images), *images.shape[2:]
     left, top, box_width, box_height = params.box.unbind(1)
-    rows = _resize_matrix(top * height, box_height * height, height, crop)
-    columns = _resize_matrix(left * width, box_width * width, width, crop, mirrored=params.flip).mT
-    planes = images.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)  # (C, N, H, W)
-    cropped = torch.stack([torch.bmm(torch.bmm(rows, plane), columns) for plane in planes]).div_(255)
+    blocks = next(b for b in (4, 2, 1) if crop % b == 0)
+    # the longest strip is that of a box as high as the image; one more pixel on either side for where its ends fall
+    strip = min(height, math.ceil(height / blocks + 2 * max(1, height / crop)) + 2)
+    start, length = top * height, box_height * height
+    block = torch.arange(blocks, device=start.device, dtype=start.dtype) / blocks
+    first = (start[:, None] + length[:, None] * block - (length[:, None] / crop).clamp(min=1)).floor().long().clamp(0, height - strip)  # (N, blocks)
+    rows = _resize_matrix(start, length, height, crop, window=(first, strip)).flatten(0, 1)  # (N blocks, crop / blocks, strip)
+    columns = _resize_matrix(left * width, box_width * width, width, crop, mirrored=params.flip)[:, 0].mT  # (N, width, crop)
+    planes = _strips(images, first, strip).to(dtype, memory_format=torch.contiguous_format)  # (C, N blocks, strip, width)
+    cropped = torch.stack([torch.bmm(torch.bmm(rows, plane).view(n, crop, width), columns) for plane in planes]).div_(255)
     return cropped if len(cropped) == 3 else cropped.repeat(3, 1, 1, 1)
 
 
-def _resize_matrix(start: Tensor, length: Tensor, size: int, crop: int, mirrored: Tensor | None = None) -> Tensor:
-    """Matrices (N, crop, size) that resample `size` pixels to `crop`, from the box [start, start + length) in pixels.
+def _strips(images: Tensor, first: Tensor, strip: int) -> Tensor:
+    """Strips of `strip` rows from the rows `first` (N, blocks) on, of images (N, C, H, W) -> (C, N blocks, strip, W)."""
+    n, c, height, width = images.shape
+    index = torch.arange(strip, device=first.device) + first[:, :, None] + height * torch.arange(n, device=first.device)[:, None, None]
+    if images.is_contiguous(memory_format=torch.channels_last):
+        lines = images.permute(0, 2, 3, 1).reshape(n * height, width * c).index_select(0, index.flatten())
+        return lines.view(first.numel(), strip, width, c).permute(3, 0, 1, 2)
+    lines = images.transpose(0, 1).reshape(c * n * height, width)
+    index = index.flatten() + n * height * torch.arange(c, device=first.device)[:, None]
+    return lines.index_select(0, index.flatten()).view(c, first.numel(), strip, width)
 
+
+def _resize_matrix(start: Tensor, length: Tensor, size: int, crop: int, mirrored: Tensor | None = None, window: tuple[Tensor, int] | None = None) -> Tensor:
+    """Matrices (N, blocks, crop / blocks, pixels) that resample `size` pixels to `crop`, from the box [start, start + length) in pixels.
+
+    Each block of output pixels sees the `window`: its first pixel (N, blocks) and how many; without one, all are one block that sees all pixels.
     Antialiased bilinear as torchvision's: a triangle around the centre of the output pixel, as wide as an output
     pixel but at least one input pixel. A pixel counts with its overlap with the box, and none outside it.
     """
-    pixel = torch.arange(size, device=start.device, dtype=start.dtype)
+    first, pixels = window if window else (torch.zeros(len(start), 1, device=start.device, dtype=torch.long), size)
+    pixel = torch.arange(pixels, device=start.device, dtype=start.dtype) + first[:, :, None].to(start.dtype)  # (N, blocks, pixels)
     place = torch.arange(crop, device=start.device, dtype=start.dtype).add_(0.5).div_(crop).expand(len(start), crop)
     if mirrored is not None:
         place = torch.where(mirrored[:, None], 1 - place, place)
     start, length = start[:, None], length[:, None]
-    inside = torch.minimum(pixel + 1, start + length).sub_(torch.maximum(pixel, start)).clamp_(min=0)  # (N, size)
-    centre = start + length * place  # (N, crop)
+    centre = (start + length * place).unflatten(1, (first.shape[1], -1))  # (N, blocks, crop / blocks)
+    start, length = start[:, :, None], length[:, :, None]
+    inside = torch.minimum(pixel + 1, start + length).sub_(torch.maximum(pixel, start)).clamp_(min=0)  # (N, blocks, pixels)
     slope = -1 / (length / crop).clamp(min=1)
-    weight = (pixel + 0.5 - centre[:, :, None]).abs_().mul_(slope[:, :, None]).add_(1).clamp_(min=0)
-    weight.mul_(inside[:, None, :])
-    return weight.div_(weight.sum(2, keepdim=True))
+    weight = (pixel[:, :, None] + 0.5 - centre[..., None]).abs_().mul_(slope[..., None]).add_(1).clamp_(min=0)
+    weight.mul_(inside[:, :, None])
+    return weight.div_(weight.sum(3, keepdim=True))
 
 
 # Colour: planes (3, N, H, W), one parameter an image ----------------------------------------------------------------------

@@ -11,15 +11,22 @@ A data set gives batches of uint8 images of one size, so that the augmentation r
 
 import contextlib
 import gzip
+import hashlib
+import json
 import math
 import os
+import queue
 import re
+import shutil
 import sys
+import threading
+import time
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +74,7 @@ class Failures:
         self._known: set[str] = set()
         self.untold: list[str] = []  # to the other processes
         self._lines = utils.Lines(file) if file else None
-        self._written = set(os.fsdecode(file.read_bytes()).split("\n")) if file and file.exists() else set()
+        self._written = set(self._lines.lines) if self._lines else set()
 
     def add(self, paths: list[str], told: bool = False) -> None:
         """Count paths, those that are new; `told` by another process, which has named them."""
@@ -99,13 +106,15 @@ class Failures:
 # ----------------------------------------------------------------------------------------------------------------- what is there
 
 def detect(root: str) -> str:
-    """What the folder holds: shapes (the word), stl10, fashion_mnist, folders (train/ + val|test/) or classes; UserError for none of them."""
+    """What the folder holds: shapes (the word), stl10, fashion_mnist, folders (train/ + val|test/), classes or packed; UserError for none of them."""
     if root == "shapes":
         return "shapes"
     path = Path(root)
     if not path.is_dir():
         raise UserError(f"--dataset_root {root!r} is no folder: give one with class folders, train/ and val/, STL-10 (or --download it), "
                         "Fashion-MNIST idx files, or the word shapes")
+    if (path / "store.json").exists():
+        return "packed"
     if (path / "stl10_binary").is_dir() or any((path / f"{name}_X.bin").exists() for name in STL_FILES.values()):
         return "stl10"
     if any(path.glob("*-images-idx3-ubyte*")):
@@ -133,7 +142,7 @@ def resolve_resize(resize: int | str, crop: int, native: int | None, purpose: st
     return max(int(resize), crop) if purpose != "pretrain" else int(resize)
 
 
-def open_dataset(root: str, split: str, *, view: str, resize: int | str, crop: int, download: bool = False) -> "ArrayImages | FolderImages":
+def open_dataset(root: str, split: str, *, view: str, resize: int | str, crop: int, download: bool = False) -> "ArrayImages | FolderImages | PackedImages":
     """A split (pretrain, train or test) of the data set in `root`; see the head of this file. UserError if it is not there or not sound."""
     if download:
         _fetch_stl10(root)
@@ -150,6 +159,10 @@ def open_dataset(root: str, split: str, *, view: str, resize: int | str, crop: i
         if labels.max(initial=0) >= len(FASHION_CLASSES):
             raise UserError(f"{root!r} has a label {labels.max()}: Fashion-MNIST's are from 0 to 9")
         return ArrayImages(kind, images[:, None], labels.astype(np.int64), FASHION_CLASSES, view, resize, crop)
+    if kind == "packed":
+        if split != "pretrain":
+            raise UserError(f"--dataset_root {root!r} is a packed store, for pretraining only: an evaluation needs the images themselves")
+        return open_packed(path, resize, crop)
     if kind == "classes" and split != "pretrain":
         raise UserError(f"--dataset_root {root!r} holds class folders only: an evaluation needs train/ and val/ (or test/) with class folders")
     return FolderImages(kind, *_list_folders(path, kind, split), view, resize, crop)
@@ -441,6 +454,157 @@ def _images_in(folder: Path, first: bool = False) -> list[str]:
     return found
 
 
+# ------------------------------------------------------------------------------------------------------------- the packed store
+
+STORE_FORMAT = 1
+STORE_ROWS = np.dtype([("aspect", "<f4"), ("label", "<i4"), ("readable", "?")])
+PACK_BATCH = 64
+
+
+class PackedImages:
+    """The square images of class folders, decoded once into one memory-mapped file; batches are those of `FolderImages`, bit for bit.
+
+    A store is a folder: `images.u8` (n, S, S, 3), `rows` (aspect ratio, label, and whether it could be read, of each), `store.json` (all else), written last.
+    """
+
+    native = None
+    in_memory = True
+
+    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
+        self.name, self.classes, self.resize = meta["name"], meta["classes"], meta["resize"]
+        self.images = np.memmap(folder / "images.u8", np.uint8, "r", shape=(meta["images"], self.resize, self.resize, 3))
+        self.rows = np.memmap(folder / "rows", STORE_ROWS, "r", shape=meta["images"])
+        self._unreadable = {int(index): path for index, path in meta["unreadable"]}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.from_numpy(self.rows["label"].astype(np.int64))
+
+    def fetch(self, indices: Tensor) -> Batch:
+        chosen = indices.numpy()
+        rows, failed = self.rows[chosen], []
+        for index in chosen.tolist() if self._unreadable else []:
+            while index in self._unreadable:
+                failed.append(self._unreadable[index])
+                index = (index + 1) % len(self)
+        images = torch.from_numpy(self.images.take(chosen, axis=0)).permute(0, 3, 1, 2)
+        return Batch(images, torch.from_numpy(rows["aspect"].copy()), torch.from_numpy(rows["label"].astype(np.int64)), failed)
+
+
+def open_packed(folder: Path, resize: int | str, crop: int, source: str | None = None) -> PackedImages:
+    """A packed store; UserError unless it is whole, of this version and size, and (`source`) made from the images that are there now."""
+    again = f"delete {str(folder)!r} to pack again"
+    try:
+        meta = json.loads((folder / "store.json").read_text(encoding="utf-8"))
+        sizes = [(folder / name).stat().st_size for name in ("images.u8", "rows")]
+        kinds = {"format": int, "images": int, "resize": int, "source": str, "name": str, "classes": list, "unreadable": list}
+        if wrong := [name for name, kind in kinds.items() if type(meta[name]) is not kind]:
+            raise ValueError(f"{wrong[0]} is {meta[wrong[0]]!r}")
+        if meta["format"] != STORE_FORMAT:
+            raise UserError(f"the packed store {str(folder)!r} is of version {meta['format']}, this code reads {STORE_FORMAT}: {again}")
+        needed = [meta["images"] * meta["resize"] ** 2 * 3, meta["images"] * STORE_ROWS.itemsize]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the packed store {str(folder)!r} is damaged ({' '.join(str(error).split())[:100]}): {again}") from None
+    if sizes != needed:
+        raise UserError(f"the packed store {str(folder)!r} is cut short: its files have {sizes[0]} and {sizes[1]} bytes, not {needed[0]} and {needed[1]}: {again}")
+    if source is not None and meta["source"] != source:
+        raise UserError(f"the packed store {str(folder)!r} was made from other images than those that are there now: {again}, or name another --pack")
+    if meta["resize"] < crop or resize not in ("auto", meta["resize"]):
+        need = f"--resize {resize}" if resize not in ("auto", meta["resize"]) else f"--crop {crop}"
+        raise UserError(f"the packed store {str(folder)!r} holds images of {meta['resize']} px, which do not fit {need}: name another --pack")
+    return PackedImages(folder, meta)
+
+
+def packed(dataset: ArrayImages | FolderImages | PackedImages, root: str, where: str, num_workers: int) -> ArrayImages | PackedImages:
+    """The store of a data set in the folder `where` (`auto`: beside the data), made unless it is there; goes on where it was interrupted.
+
+    Data that need no decoding are given back as they are. Raises UserError if the store does not belong to the data set, if the disk has not the room, or if it cannot be written.
+    """
+    if not isinstance(dataset, FolderImages):
+        print(f"note: --pack has nothing to do, {dataset.name} needs no decoding", file=sys.stderr)
+        return dataset
+    beside = Path(root).resolve()
+    folder = beside.with_name(f"{beside.name}-{dataset.resize}px.pack") if where == "auto" else Path(where)
+    source = source_checksum(dataset, root)
+    if (folder / "store.json").exists():
+        return open_packed(folder, dataset.resize, dataset.crop, source)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--pack {str(folder)!r} holds something else than a packed store: name a new folder")
+    partial = folder.with_name(f".{folder.name}.partial")
+    if utils.rank():
+        time.sleep(3)  # so that the first process packs, which shows how far it is; the others wait for the lock
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = utils.FolderLock(folder.parent, f".{folder.name}.lock")
+        lock.take(wait=True)
+        if not (folder / "store.json").exists():  # else it was finished while this process waited
+            partial.mkdir(exist_ok=True)
+            _write_store(dataset, partial, source, num_workers)
+            utils.sync_folder(partial)
+            os.replace(partial, folder)
+            utils.sync_folder(folder.parent)
+        lock.release()
+    except KeyboardInterrupt:
+        print("packing was interrupted: the same command goes on where it stopped", file=sys.stderr)
+        raise
+    except OSError as error:
+        raise UserError(f"--pack {str(folder)!r} cannot be written: {error.strerror}: name another folder") from None
+    return open_packed(folder, dataset.resize, dataset.crop, source)
+
+
+def source_checksum(dataset: FolderImages, root: str) -> str:
+    """SHA-256 over path below `root`, size and time (s) of each image: another one for other images, another order, or a change."""
+    digest, start = hashlib.sha256(), len(str(Path(root)))
+    for index in utils.progress(range(len(dataset)), "looking for changes", total=len(dataset)):
+        path = dataset.paths[index]
+        try:
+            stat = os.stat(path)
+            what = f"{stat.st_size} {int(stat.st_mtime)}"
+        except OSError:
+            what = "unreadable"
+        digest.update(os.fsencode(f"{path[start:]}\0{what}\n"))
+    return digest.hexdigest()
+
+
+def _write_store(dataset: FolderImages, partial: Path, source: str, num_workers: int) -> None:
+    """Append what is missing to the files of an unfinished store; `store.json`, last, says that it is whole."""
+    size, started = dataset.resize ** 2 * 3, {"source": source, "format": STORE_FORMAT, "resize": dataset.resize}
+    if utils.read_json(partial / "started.json") != started:
+        for name in ("images.u8", "rows"):
+            (partial / name).unlink(missing_ok=True)
+        utils.write_json(partial / "started.json", started)
+    with open(partial / "images.u8", "ab") as images, open(partial / "rows", "ab") as rows:
+        done = min(images.tell() // size, rows.tell() // STORE_ROWS.itemsize) // PACK_BATCH * PACK_BATCH
+        images.truncate(done * size)
+        rows.truncate(done * STORE_ROWS.itemsize)
+        needed, free = (len(dataset) - done) * (size + STORE_ROWS.itemsize), shutil.disk_usage(partial).free
+        if needed > free:
+            raise UserError(f"--pack needs {needed:,} bytes in {str(partial.parent)!r}, where {free:,} are free: name another folder, or a smaller --resize")
+        if utils.rank() == 0:
+            print(f"packing {len(dataset) - done:,} images at {dataset.resize} px ({needed / 1e9:.2f} GB)" + f"; {done:,} are there from before" * (done > 0), flush=True)
+        failures = Failures(len(dataset))
+        failures.add([dataset.paths[index] for index in _unreadable(partial)], told=True)
+        batches = list(torch.arange(done, len(dataset)).split(PACK_BATCH))
+        for chosen, batch in zip(batches, utils.progress(iterate(dataset, batches, num_workers=num_workers, failures=failures), "packing", total=len(batches))):
+            row, failed = np.empty(len(chosen), STORE_ROWS), set(batch.failed)
+            row["aspect"], row["label"] = batch.aspect.numpy(), batch.labels.numpy()
+            row["readable"] = [dataset.paths[index] not in failed for index in chosen.tolist()] if failed else True
+            images.write(batch.images.permute(0, 2, 3, 1).numpy().tobytes())
+            rows.write(row.tobytes())
+        for file in (images, rows):
+            file.flush()
+            os.fsync(file.fileno())
+    unreadable = [[index, dataset.paths[index]] for index in _unreadable(partial)]
+    utils.write_json(partial / "store.json", {**started, "images": len(dataset), "name": f"{dataset.name}, packed", "classes": dataset.classes, "unreadable": unreadable})
+
+
+def _unreadable(folder: Path) -> list[int]:
+    return np.flatnonzero(~np.fromfile(folder / "rows", STORE_ROWS)["readable"]).tolist()
+
+
 # ------------------------------------------------------------------------------------------------------------- order and loading
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
@@ -454,10 +618,45 @@ def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, start: int = 0
     return [order[i * batch_size:(i + 1) * batch_size] for i in range(start, n // batch_size)]
 
 
-def iterate(dataset: ArrayImages | FolderImages, batches: Iterable[Tensor], *, num_workers: int, failures: Failures) -> Iterator[Batch]:
+def ahead(batches: Iterator[Batch], pin: bool, depth: int = 2) -> Iterator[Batch]:
+    """The same batches, fetched (and pinned) by a thread up to `depth` before they are asked for; an error comes where its batch would."""
+    ready: queue.Queue = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(item: tuple[Batch | None, BaseException | None]) -> bool:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return True
+        return False
+
+    def fetch() -> None:
+        try:
+            for batch in batches:
+                if not put((batch.pin_memory() if pin else batch, None)):
+                    return
+            put((None, None))
+        except BaseException as error:  # whatever it is, it is raised where the batch is asked for
+            put((None, error))
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get())[0] is not None:
+            yield item[0]
+        if item[1] is not None:
+            raise item[1]
+    finally:
+        stop.set()
+        thread.join()
+
+
+def iterate(dataset: ArrayImages | FolderImages | PackedImages, batches: Iterable[Tensor], *, num_workers: int, failures: Failures) -> Iterator[Batch]:
     """The batches in their order, whatever the number of worker processes; UserError for too many failures or a worker that died."""
     if dataset.in_memory or num_workers == 0:
         iterator: Iterator[Batch] = map(dataset.fetch, batches)
+        if isinstance(dataset, PackedImages) or (dataset.in_memory and torch.cuda.is_available()):
+            iterator = ahead(iterator, pin=torch.cuda.is_available())
     else:
         loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=map(Tensor.tolist, batches), num_workers=num_workers,
                                              worker_init_fn=parallel.start_worker, pin_memory=torch.cuda.is_available(),

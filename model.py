@@ -176,9 +176,10 @@ class MoCo(nn.Module):
             keys = self.encode_keys(im_k, shuffle)                        # keys: N x C
             k = keys[self.launch.rows()]
         with torch.autocast(q.device.type, enabled=False):
-            l_pos = (q * k).sum(dim=1, keepdim=True)                      # positive logits: N x 1
-            l_neg = q @ self.queue                                        # negative logits: N x K
-            logits = torch.cat([l_pos, l_neg], dim=1) / self.T            # N x (1+K)
+            scaled = q / self.T                                           # the logits, N x (1+K), are much larger
+            l_pos = (scaled * k).sum(dim=1, keepdim=True)                 # positive logits: N x 1
+            l_neg = scaled @ self.queue                                   # negative logits: N x K
+            logits = torch.cat([l_pos, l_neg], dim=1)                     # N x (1+K)
         labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)  # the positives are the 0-th
         return logits, labels, keys
 

@@ -16,7 +16,10 @@ import datetime
 import inspect
 import multiprocessing
 import os
+import re
+import resource
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -108,6 +111,36 @@ def shares(n: int, devices: int, groups: int) -> list[int]:
     return [sum(sizes[i * each:(i + 1) * each]) for i in range(devices)]
 
 
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory in use so far: PyTorch's on a GPU, else this process's resident memory, without its workers."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+def compile_encoder(encoder: nn.Module, example: Tensor, precision: str) -> str:
+    """Let torch.compile make kernels for an encoder, tried on an example (N, 3, H, W) forward and (if it is trained) backward.
+
+    Names and weights stay. Where it fails the encoder runs as before: returns the reason, or nothing.
+    """
+    state = {name: value.clone() for name, value in encoder.state_dict().items()}
+    encoder.compile(dynamic=False)
+    try:
+        trained = any(parameter.requires_grad for parameter in encoder.parameters())
+        with torch.set_grad_enabled(trained):
+            with autocast(precision, example.device):
+                out = encoder(example)
+            if trained:
+                out.float().sum().backward()
+        reason = ""
+    except Exception as error:  # a missing compiler, a kernel that cannot be made: there are many
+        encoder._compiled_call_impl = None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    encoder.zero_grad(set_to_none=True)
+    encoder.load_state_dict(state)
+    return reason
+
+
 # ----------------------------------------------------------------------------------------------------------------------- launches
 
 def several_processes() -> bool:
@@ -159,6 +192,7 @@ class OneDevice:
     def __enter__(self) -> "OneDevice":
         if self.device.type == "cuda" and self.device.index is not None:  # plain cuda is the current one
             torch.cuda.set_device(self.device)
+        torch.backends.cudnn.benchmark = True  # the fastest convolutions for the shapes at hand, which stay the same
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -287,6 +321,8 @@ class Processes(OneDevice):
         if kind is None or kind is SystemExit:  # all of them come here; after an error, torchrun ends the others
             dist.barrier()
             dist.destroy_process_group()
+        if isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)|[Tt]imed out", str(error)):
+            raise ConnectionError("another process of this launch has ended or hangs, its own message says why; go on with --resume") from None
 
     def wrap(self, encoder: nn.Module) -> None:
         if not any(parameter.requires_grad for parameter in encoder.parameters()):
@@ -370,7 +406,7 @@ def unshuffle(x: Tensor, permutation: Tensor) -> Tensor:
 def start_worker(_: int) -> None:
     """Workers take one core each and leave signals to the main process."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -30,9 +30,9 @@ import utils
 from model import ARCHS, MoCo, contrast_hits, contrastive_loss
 from utils import UserError
 
-LOG_COLUMNS = ["step", "epoch", "loss", "contrast_top1", "lr", "images_per_second"]
+LOG_COLUMNS = ["step", "epoch", "loss", "contrast_top1", "lr", "images_per_second", "data_wait_percent", "peak_memory_mb"]
 AUTO_FROM_CHECKPOINT = ("bn_groups", "precision")  # on --resume auto is what it was, whatever the hardware now
-MAY_CHANGE_ON_RESUME = {"dataset_root", "output_root", "num_workers", "download", "device", "log_every", "save_weight_epoch",
+MAY_CHANGE_ON_RESUME = {"dataset_root", "dataset_name", "exp_version", "output_root", "num_workers", "pack", "compile", "download", "device", "log_every", "save_weight_epoch",
                         "save_every_minutes", "resume", "overwrite"}
 QUEUE_EPOCH = 2 ** 32  # the epoch number under which images for the first queue are drawn: no training epoch is called so
 
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     folder = utils.run_folder(cfg.output_root, cfg.dataset_name, cfg.exp_version)
     if cfg.resume and cfg.overwrite:
         raise UserError("--resume and --overwrite exclude each other: give one")
-    lock = utils.RunLock(folder)
+    lock = utils.FolderLock(folder)
     if launch.rank == 0 and cfg.resume and folder.is_dir():
         lock.take()  # before the checkpoint is read
     checkpoint, path = utils.checkpoint_to_resume(folder) if cfg.resume else (None, None)
@@ -53,6 +53,8 @@ def main(argv: list[str]) -> None:
     if launch.rank == 0:
         utils.prepare_run_folder(folder, lock, cfg.resume, cfg.overwrite)
         announce(cfg, folder, dataset, launch, checkpoint)
+    if cfg.pack is not None:
+        dataset = dataloader.packed(dataset, cfg.dataset_root, cfg.pack, cfg.num_workers)
     cfg.resume = cfg.overwrite = False  # how this process began is no property of the run
     with launch:
         train(cfg, launch, folder, dataset, recipe, checkpoint)
@@ -73,6 +75,8 @@ def train(cfg: SimpleNamespace, launch: parallel.OneDevice, folder: Path, datase
     steps_per_epoch = len(dataset) // cfg.batch_size
     meter = Meter(launch, parallel.precision_dtype(cfg.precision))
     step = 0 if checkpoint is None else restore(checkpoint, moco, optimizer, meter)
+    if cfg.compile:
+        compile_encoders(moco, cfg, launch)
     launch.attach(moco, cfg.batch_size, cfg.bn_groups)
     start_together(launch, cfg, dataset, step)
     if checkpoint is None and cfg.queue_init == "keys":
@@ -84,20 +88,26 @@ def train(cfg: SimpleNamespace, launch: parallel.OneDevice, folder: Path, datase
 
     total = cfg.max_epoch * steps_per_epoch
     started = last_save = time.monotonic()
+    meter.start(checkpoint["meter"].get("seconds", 0.0) if checkpoint else 0.0)
     batches = dataloader.iterate(dataset, order(len(dataset), cfg, step, launch), num_workers=cfg.num_workers, failures=failures)
     moco.train()
+    watch = utils.Stopwatch(device)
     for step, batch in enumerate(batches, start=step + 1):
+        watch.lap("data")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, (step - 1) / steps_per_epoch)
         im_q, im_k = two_views(batch, recipe, cfg, step, launch)
+        watch.lap("augmentation")
         permutation = key_permutation(cfg, step) if cfg.shuffle_bn else None
         with parallel.autocast(cfg.precision, device):
             logits, labels, keys = moco(im_q, im_k, shuffle=permutation)
         loss = contrastive_loss(logits, labels) * launch.weight()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        watch.lap("forward and backward")
         optimizer.step()
         moco.enqueue(keys)  # after the backward pass, which needs the queue as it was
+        watch.lap("update")
         meter.add(loss, contrast_hits(logits), cfg.batch_size)
 
         logs = step % cfg.log_every == 0 or step == total
@@ -110,22 +120,25 @@ def train(cfg: SimpleNamespace, launch: parallel.OneDevice, folder: Path, datase
         if logs or keep or stopped or due:  # the only places where a number leaves the device
             means = meter.read(step, folder)  # a loss that is not finite stops here, before it reaches a checkpoint
         if logs:
-            row = {"step": step, "epoch": epoch, **means, "lr": optimizer.param_groups[0]["lr"]}
+            spent = watch.read()
+            row = {"step": step, "epoch": epoch, **means, "lr": optimizer.param_groups[0]["lr"],
+                   "data_wait_percent": 100 * spent.get("data", 0.0) / sum(spent.values()), "peak_memory_mb": parallel.peak_memory_mb(device)}
             if launch.rank == 0:
                 log.add(row)
                 report(row, cfg, total)
             meter.reset()
-        if keep or stopped or step == total or due:
+        if keep or stopped or due:
             content = snapshot(cfg, step, steps_per_epoch, moco, optimizer, meter, len(dataset), folder)
             if launch.rank == 0:
-                saver.save(content, epoch if keep else None, last_chance=bool(stopped) or step == total)
+                saver.save(content, epoch if keep else None, last_chance=bool(stopped))
             last_save = time.monotonic()
         if stopped and step < total:
             if launch.rank == 0:
                 print(f"stopped by signal {stopped} after step {step}: saved; continue with --resume", flush=True)
             sys.exit(128 + stopped)
+        watch.lap("other")
     if launch.rank == 0:
-        finish(folder, cfg, time.monotonic() - started)
+        finish(folder, cfg, time.monotonic() - started, watch)
 
 
 def set_up(cfg: SimpleNamespace, launch: parallel.OneDevice, checkpoint: dict[str, Any] | None) -> tuple[Any, augment.Recipe]:
@@ -154,6 +167,8 @@ def set_up(cfg: SimpleNamespace, launch: parallel.OneDevice, checkpoint: dict[st
         raise UserError(f"--batch_size {cfg.batch_size} is larger than the data set ({len(dataset)} images)")
     if cfg.shuffle_bn and cfg.bn_groups == 1 and launch.rank == 0:
         print("warning: --shuffle_bn has no effect with one batch-norm group (--bn_groups 1)", file=sys.stderr)
+    if cfg.compile and launch.devices > launch.processes:
+        raise UserError("--compile does not work with nn.DataParallel: start a process for each GPU with torchrun, or leave it out")
     if cfg.pixel_boxes and dataset.native != cfg.resize:
         raise UserError(f"--pixel_boxes needs a data set of one size kept at that size, not {dataset.name} at --resize {cfg.resize}: leave it out")
     recipe = augment.recipe("v2" if cfg.aug_plus else "v1", cfg.crop, scale=tuple(cfg.crop_scale), grayscale=cfg.grayscale,
@@ -191,6 +206,21 @@ def two_views(batch: dataloader.Batch, recipe: augment.Recipe, cfg: SimpleNamesp
         params = augment.draw(aspect, recipe, utils.generator(cfg.seed, stream, step)).rows(rows)
         views.append(augment.augment(images, params, recipe, dtype).contiguous(memory_format=torch.channels_last))
     return views
+
+
+def compile_encoders(moco: MoCo, cfg: SimpleNamespace, launch: parallel.OneDevice) -> None:
+    """torch.compile for both encoders, or a warning why not."""
+    rows = parallel.shares(cfg.batch_size, launch.devices, cfg.bn_groups)[launch.rank]
+    example = torch.zeros(rows, 3, cfg.crop, cfg.crop, dtype=parallel.precision_dtype(cfg.precision), device=launch.device)
+    start = time.monotonic()
+    for encoder in (moco.train().encoder_q, moco.encoder_k):
+        reason = parallel.compile_encoder(encoder, example.contiguous(memory_format=torch.channels_last), cfg.precision)
+        if reason and launch.rank == 0:
+            print(f"warning: --compile failed, going on without it: {reason}", file=sys.stderr, flush=True)
+        if reason:
+            return
+    if launch.rank == 0:
+        print(f"compiled in {utils.duration(time.monotonic() - start)}", flush=True)
 
 
 def key_permutation(cfg: SimpleNamespace, step: int) -> torch.Tensor:
@@ -234,7 +264,12 @@ class Meter:
     def reset(self) -> None:
         self.sums = torch.zeros(2, dtype=self.dtype, device=self.launch.device)  # loss, contrast hits
         self.sound = torch.zeros((), dtype=torch.int64, device=self.launch.device)  # steps before the first loss that is not finite
-        self.steps, self.images, self.since = 0, 0, time.monotonic()
+        self.steps, self.images = 0, 0
+        self.start()
+
+    def start(self, seconds: float = 0.0) -> None:
+        """Measure the time from now on; `seconds` were before."""
+        self.since = time.monotonic() - seconds
 
     def add(self, loss: torch.Tensor, hits: torch.Tensor, images: int) -> None:
         self.sums += torch.stack([loss.detach() / self.launch.processes, hits])
@@ -255,7 +290,7 @@ class Meter:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.reset()
-        self.steps, self.images, self.since = state["steps"], state["images"], self.since - state.get("seconds", 0.0)
+        self.steps, self.images = state["steps"], state["images"]
         self.sound += self.steps
         if self.launch.rank == 0:  # the sums of all processes
             self.sums = state["sums"].to(self.sums)
@@ -331,11 +366,17 @@ def report(row: dict[str, float], cfg: SimpleNamespace, total: int) -> None:
           f"lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s  left {utils.duration(left)}", flush=True)
 
 
-def finish(folder: Path, cfg: SimpleNamespace, seconds: float) -> None:
-    """Draw the loss and say where everything is."""
+def finish(folder: Path, cfg: SimpleNamespace, seconds: float, watch: utils.Stopwatch) -> None:
+    """Draw the loss, say where the time went and where everything is."""
     import visualize  # matplotlib is needed only here
-    figure = visualize.loss_figure({cfg.exp_version: visualize.read_loss(folder)})
-    utils.atomic_write(folder / "loss.png", lambda file: figure.savefig(file, format="png", dpi=120))
+    try:
+        figure = visualize.loss_figure({cfg.exp_version: visualize.read_loss(folder)})
+        utils.atomic_write(folder / "loss.png", lambda file: figure.savefig(file, format="png", dpi=120))
+    except UserError as error:  # what counts is saved
+        print(f"warning: loss.png is not drawn: {error}", file=sys.stderr)
+    watch.read()
+    parts = [f"{name} {100 * spent / sum(watch.total.values()):.0f} %" for name, spent in watch.total.items()]
+    print("time: " + ", ".join(parts) if parts else "time: no step was left to do")
     print(f"done after {utils.duration(seconds)}: {folder}/checkpoints/last.pth.tar, log.csv, loss.png", flush=True)
 
 

@@ -12,8 +12,8 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
-import pickle
 import platform
 import re
 import shutil
@@ -44,21 +44,53 @@ class UserError(Exception):
 
 
 def main_guard(main: Callable[[list[str]], None]) -> None:
-    """Run a script's `main`; a UserError becomes one line on stderr and exit status 2."""
+    """Run a script's `main`; a UserError becomes one line on stderr and exit status 2. What can no longer be printed does not end it."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_Unfailing, streams)
     try:
         main(sys.argv[1:])
-    except UserError as error:
+    except (UserError, PermissionError, ConnectionError) as error:
         if rank():
             time.sleep(5)  # if the first process stops for the same reason, torchrun ends this one before it says it again
-        print(f"error: {f'process {rank()}: ' if rank() else ''}{error}", file=sys.stderr)
+        what = f"{error.filename!r}: permission denied" if isinstance(error, PermissionError) else error
+        print(f"error: {f'process {rank()}: ' if rank() else ''}{what}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.close_for_good()
+        sys.stdout, sys.stderr = streams
+
+
+class _Unfailing:
+    """A stream for messages: a full disk, a closed pipe or terminal must not end days of work."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def close_for_good(self) -> None:
+        """What cannot be flushed is dropped, or Python would complain of it at its end."""
+        try:
+            self._stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 def rank() -> int:
     """The number of this process among those that torchrun started; 0 is the one that speaks."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ["RANK"]) if "WORLD_SIZE" in os.environ and os.environ.get("RANK", "").isdigit() else 0
 
 
 def checked(function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -275,8 +307,7 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None
-        with contextlib.suppress(OSError), _opened(path.parent) as folder:  # some file systems cannot, and need not
-            os.fsync(folder)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save on a full disk raises another error on top
         if not isinstance(cause, OSError):
@@ -288,13 +319,12 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
                 os.unlink(temporary)
 
 
-@contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[int]:
+def sync_folder(folder: Path) -> None:
+    """Let the names in a folder outlive a power cut."""
     number = os.open(folder, os.O_RDONLY)
-    try:
-        yield number
-    finally:
-        os.close(number)
+    with contextlib.suppress(OSError):  # some file systems cannot, and need not
+        os.fsync(number)
+    os.close(number)
 
 
 def _umask() -> int:
@@ -307,6 +337,14 @@ def write_json(path: str | Path, content: Any) -> None:
     atomic_write(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file, None if it is not there or not whole."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def write_csv(path: str | Path, header: list[str], rows: Iterable[Iterable[Any]]) -> None:
     text = "\n".join(",".join(map(str, row)) for row in [header, *rows]) + "\n"
     atomic_write(path, lambda file: file.write(text.encode()))
@@ -315,10 +353,9 @@ def write_csv(path: str | Path, header: list[str], rows: Iterable[Iterable[Any]]
 def read_csv(path: str | Path, needed: Iterable[str] = ()) -> dict[str, list[float]]:
     """The columns of a CSV file of numbers; a last line that a crash cut short is left out. UserError if one of the `needed` is missing."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.reader(file)
-            header = next(reader, [])
-            rows = [list(map(float, row)) for row in reader if len(row) == len(header)]
+        whole = Path(path).read_bytes().rpartition(b"\n")[0].decode()
+        header, *rows = list(csv.reader(whole.splitlines())) or [[]]
+        rows = [list(map(float, row)) for row in rows if len(row) == len(header)]
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from None
     except (ValueError, csv.Error) as error:
@@ -342,53 +379,70 @@ def run_folder(output_root: str, dataset_name: str, exp_version: str) -> Path:
     return Path(output_root) / dataset_name / exp_version
 
 
-class RunLock:
-    """Keeps a second run out of a folder. The system frees it when its process ends, however that ends; child processes do not inherit it."""
+class FolderLock:
+    """Keeps other processes out of a folder. The system frees it when its process ends, however that ends; child processes do not inherit it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, name: str = ".lock") -> None:
+        self.folder, self.name = folder, name
         self._file: BinaryIO | None = None
 
-    def take(self) -> None:
-        """Lock the folder, which must exist; nothing if this process has it already. UserError if another process has."""
+    def take(self, wait: bool = False) -> None:
+        """Lock the folder, which must exist; nothing if this process has it already. UserError if another process has, unless `wait`."""
         if self._file is not None:
             return
         try:
-            self._file = open(self.folder / ".lock", "a+b")
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would live on in orphaned workers
-            self._file.truncate(0)
-            self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-            self._file.flush()
+            self._file = open(self.folder / self.name, "a+b")
+        except OSError as error:
+            raise UserError(f"{str(self.folder)!r} cannot be written: {error.strerror}: choose another folder") from None
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))  # flock's would live on in orphaned workers
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 self._file.seek(0)
                 owner = self._file.read(200).decode(errors="replace") or "another process"
                 raise UserError(f"{str(self.folder)!r} is in use by {owner}: wait for it, stop it, or name another --exp_version") from None
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise UserError(f"{str(self.folder)!r} cannot be written: {error.strerror}: choose another --output_root") from None
-            print(f"warning: the file system of {str(self.folder)!r} has no locks: see to it yourself that no second run writes there", file=sys.stderr)
+            print(f"warning: the file system of {str(self.folder)!r} has no locks ({error.strerror}): see to it yourself that no second run writes there",
+                  file=sys.stderr)
+        with contextlib.suppress(OSError):  # on a full disk it has no name
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            self._file.flush()
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
-def prepare_run_folder(folder: Path, lock: RunLock, resume: bool, overwrite: bool) -> None:
+def prepare_run_folder(folder: Path, lock: FolderLock, resume: bool, overwrite: bool) -> None:
     """Create the folder of a run and lock it; an earlier run in it is continued (`resume`), deleted (`overwrite`), or an error."""
-    earlier = [name for name in ("config.yaml", "log.csv") if (folder / name).exists()]
-    earlier += ["checkpoints"] if any((folder / "checkpoints").glob("*.pth.tar")) else []
-    if earlier and not (resume or overwrite):
-        raise UserError(f"{str(folder)!r} holds an earlier run: continue it with --resume, replace it with --overwrite, "
-                        "or name another --exp_version")
     try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         lock.take()
+        earlier = any((folder / name).exists() for name in ("config.yaml", "log.csv")) or any(folder.glob("checkpoints/*.pth.tar"))
+        if earlier and not (resume or overwrite):
+            raise UserError(f"{str(folder)!r} holds an earlier run: continue it with --resume, replace it with --overwrite, "
+                            "or name another --exp_version")
+        if overwrite:  # the checkpoints first: a run that has none is begun anew
+            for name in ("checkpoints", "eval", "loss.png", "config.yaml", "log.csv"):
+                _remove(folder / name)
         if not resume:
-            for name in [*earlier, "eval", "loss.png", "unreadable.txt"] if overwrite else ["unreadable.txt"]:
-                shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink(missing_ok=True)
-            (folder / "checkpoints").mkdir(exist_ok=True)
+            _remove(folder / "unreadable.txt")
+        (folder / "checkpoints").mkdir(exist_ok=True)
         for left in (*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp")):  # by a run that was killed while it wrote
             left.unlink(missing_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"{str(folder)!r} cannot be written: {error.strerror}: choose another --output_root") from None
+        raise UserError(f"{str(folder)!r} cannot be written: {error.strerror or error}: choose another --output_root") from None
+
+
+def _remove(path: Path) -> None:
+    """A file or folder; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def checkpoint_to_resume(folder: Path) -> tuple[dict[str, Any] | None, Path]:
@@ -397,14 +451,15 @@ def checkpoint_to_resume(folder: Path) -> tuple[dict[str, Any] | None, Path]:
     Raises UserError if there are checkpoints, but none of them is sound.
     """
     last = folder / "checkpoints" / "last.pth.tar"
-    paths = [path for path in (last, *sorted(folder.glob("checkpoints/epoch_*.pth.tar"), reverse=True)) if path.exists()]
+    paths = [path for path in (last, *(path for _, path in sorted(_epochs(folder), reverse=True))) if path.exists()]
     for path in paths:
         try:
             checkpoint = load_checkpoint(path)
         except UserError as error:
-            print(f"warning: {error}", file=sys.stderr)
+            if rank() == 0:
+                print(f"warning: {error}", file=sys.stderr)
             continue
-        if path != last:
+        if path != last and rank() == 0:
             print(f"warning: {str(last)!r} cannot be used: going on from {path.name}", file=sys.stderr)
         return checkpoint, path
     if paths:
@@ -412,12 +467,16 @@ def checkpoint_to_resume(folder: Path) -> tuple[dict[str, Any] | None, Path]:
     return None, last
 
 
+def _epochs(folder: Path) -> list[tuple[int, Path]]:
+    return [(int(m[1]), p) for p in folder.glob("checkpoints/epoch_*.pth.tar") if (m := re.match(r"epoch_(\d+)\.", p.name))]
+
+
 def checkpoint_path(folder: Path, epoch: int | None) -> Path:
     """The checkpoint of an epoch, or the last one; UserError that lists the epochs that exist."""
     path = folder / "checkpoints" / ("last.pth.tar" if epoch is None else f"epoch_{epoch:04d}.pth.tar")
     if path.exists():
         return path
-    epochs = sorted(int(m[1]) for p in folder.glob("checkpoints/epoch_*.pth.tar") if (m := re.match(r"epoch_(\d+)\.", p.name)))
+    epochs = [number for number, _ in sorted(_epochs(folder))]
     if not folder.is_dir():
         runs = sorted(p.parent.parent.name for p in folder.parent.glob("*/checkpoints/*.pth.tar"))
         raise UserError(f"there is no run {str(folder)!r}: {'runs there: ' + ', '.join(dict.fromkeys(runs)) if runs else 'train one with train.py'}")
@@ -437,8 +496,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"checkpoint {str(path)!r} cannot be read: {error.strerror}") from None
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if file.testzip() is not None:  # torch.load passes over the checksums
+                    raise UserError(f"checkpoint {str(path)!r} is refused: its checksum is wrong, so it is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever bytes from anywhere make of themselves
         code = "weights_only" in str(error) and "global" in str(error).lower()
         reason = "it holds pickled code, which is never run" if code else "it is damaged, or no checkpoint"
         raise UserError(f"checkpoint {str(path)!r} is refused: {reason}") from None
@@ -450,19 +515,20 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {str(path)!r} is damaged: its {', '.join(wrong)} cannot be what they are")
     if content.get("format", 0) > CHECKPOINT_FORMAT:
         raise UserError(f"checkpoint {str(path)!r} is of a newer version ({content['format']}) than this code ({CHECKPOINT_FORMAT}): update the code")
-    if "format" in content:  # written here, so with the checksums that torch.load passes over
-        with zipfile.ZipFile(path) as file:
-            if file.testzip() is not None:
-                raise UserError(f"checkpoint {str(path)!r} is refused: its checksum is wrong, so it is damaged")
     return content
 
 
 class Lines:
-    """A text file that grows by lines. What cannot be written waits for the next try; a crash may at most cut the last line short."""
+    """A text file that grows by lines, below a `head` where it is new. What cannot be written waits for the next try; a crash may at most cut
+    the last line short, and what stands after the last whole line goes. UserError if it cannot be read."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self._waiting = path, []
-        self._size = path.stat().st_size if path.exists() else 0
+    def __init__(self, path: Path, head: str = "") -> None:
+        self.path, self.head, self._waiting = path, head, []
+        try:
+            self.lines = os.fsdecode(path.read_bytes().rpartition(b"\n")[0]).split("\n") if path.exists() else []  # those that are there
+        except OSError as error:
+            raise UserError(f"{str(path)!r} cannot be read: {error.strerror}: move it away") from None
+        self._size = sum(len(os.fsencode(line)) + 1 for line in self.lines if self.lines != [""])
 
     def append(self, line: str) -> None:
         """Write a line, or say once that it must wait."""
@@ -479,6 +545,7 @@ class Lines:
             with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
                 file.seek(min(self._size, file.seek(0, os.SEEK_END)))
                 file.truncate()  # half a line, of a try that failed
+                file.write(os.fsencode(self.head) if file.tell() == 0 else b"")
                 file.write(b"".join(os.fsencode(line) + b"\n" for line in self._waiting))
                 file.flush()
                 self._size, self._waiting = file.tell(), []
@@ -493,10 +560,12 @@ class Log(Lines):
 
     def __init__(self, path: Path, header: list[str], step: int) -> None:
         self.header = header
-        old = read_csv(path, header) if path.exists() and step else {"step": []}
+        old = read_csv(path, ["step", "loss"]) if path.exists() and path.stat().st_size and step else {"step": []}
+        if step and not old["step"]:
+            print(f"warning: {str(path)!r} is gone: its rows up to step {step} are lost", file=sys.stderr)
         keep = [i for i, s in enumerate(old["step"]) if s <= step]
-        write_csv(path, header, [[f"{old[name][i]:.10g}" for name in header] for i in keep])
-        super().__init__(path)
+        write_csv(path, header, [[f"{old[name][i] if name in old else math.nan:.10g}" for name in header] for i in keep])  # a column may be new
+        super().__init__(path, head=",".join(header) + "\n")
 
     def add(self, row: dict[str, float]) -> None:
         self.append(",".join(f"{row[name]:.10g}" for name in self.header))
@@ -578,15 +647,46 @@ def provenance() -> dict[str, Any]:
             "torch": str(torch.__version__), "python": platform.python_version(), "machine": platform.machine()}
 
 
+class Stopwatch:
+    """Where the time goes: each lap is the time since the one before. On a GPU events measure it, which are read with `read` alone, so nothing waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu, self._laps = device.type == "cuda", []
+        self.total: dict[str, float] = {}
+        self.lap("start")
+
+    def lap(self, name: str) -> None:
+        if self._on_gpu:
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        else:
+            moment = time.perf_counter()
+        self._laps.append((name, moment))
+
+    def read(self) -> dict[str, float]:
+        """Seconds by name since the last call; waits for the device."""
+        spent: dict[str, float] = {}
+        if self._on_gpu:
+            self._laps[-1][1].synchronize()
+        for (_, start), (name, end) in zip(self._laps, self._laps[1:]):
+            spent[name] = spent.get(name, 0.0) + (start.elapsed_time(end) / 1e3 if self._on_gpu else end - start)
+        self._laps = self._laps[-1:]
+        self.total = {name: self.total.get(name, 0.0) + spent.get(name, 0.0) for name in {**self.total, **spent}}
+        return spent
+
+
 class StopSignal:
-    """SIGTERM, SIGUSR1 and Ctrl-C ask the loop to stop after its step; a second Ctrl-C quits at once."""
+    """SIGTERM, SIGUSR1, SIGHUP and Ctrl-C ask the loop to stop after its step; a second Ctrl-C quits at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._handle)
+        self._interrupted = False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup wants it ignored
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame: Any) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        if self._interrupted and number == signal.SIGINT:
             os._exit(130)
-        self.received = number
+        self._interrupted = self._interrupted or number == signal.SIGINT
+        self.received = self.received or number

@@ -357,6 +357,8 @@ def test_torchrun_ends_when_a_process_dies_and_saves_when_it_is_told_to_stop(num
     os.kill(int(children[-1]) if number == signal.SIGKILL else process.pid, number)
     out, err = process.communicate(timeout=60)
     assert process.returncode != 0
+    if number == signal.SIGKILL:
+        assert "error: another process of this launch has ended" in err and err.count("Traceback") == err.count("<frozen runpy>") // 2, err  # torchrun's own
     if number == signal.SIGTERM:
         assert "stopped by signal 15" in out, (out, err)
         assert utils.load_checkpoint(log.with_name("checkpoints") / "last.pth.tar")["step"] >= 3

@@ -1,6 +1,8 @@
 """train.py as users run it, on miniature data."""
 
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,8 +131,47 @@ def test_resume_without_a_sound_last_checkpoint(folders: Path, tmp_path: Path):
 def test_resume_past_the_end_or_with_a_damaged_log_is_one_line(folders: Path, tmp_path: Path):
     assert pretrain(folders, tmp_path, "--max_epoch=2").returncode == 0
     assert_one_line_error(pretrain(folders, tmp_path, "--max_epoch=1", "--resume"), "--max_epoch 1", "step 10")
-    (tmp_path / "IMAGENET-64/v1/log.csv").write_text("")
-    assert_last_line_is_error(pretrain(folders, tmp_path, "--max_epoch=3", "--resume"), "no column step")
+    log = tmp_path / "IMAGENET-64/v1/log.csv"
+    log.write_text("hello\nworld\n")
+    assert_last_line_is_error(pretrain(folders, tmp_path, "--max_epoch=3", "--resume"), "log.csv' is damaged")
+    for loss in (log.unlink, lambda: log.write_text("")):
+        loss()
+        done = pretrain(folders, tmp_path, "--max_epoch=3", "--resume", "--exp_version=v1")
+        assert done.returncode == 0 and "its rows up to step 10 are lost" in done.stderr, done.stderr
+        assert utils.read_csv(log)["step"] == [12, 14, 15]
+        (log.with_name("checkpoints") / "last.pth.tar").unlink()
+        (log.with_name("checkpoints") / "epoch_0003.pth.tar").unlink()
+
+
+@pytest.mark.parametrize("torn", ["12,2,4.1,5.0,0.03,", "12,2,4.1,5.0,0.03,31,1,1", "12,2,4.1,5.0,0.03,31\0\0\0", "\0\0\0\0", "12"])
+def test_a_torn_row_of_the_log_goes(folders: Path, tmp_path: Path, torn: str):
+    """Also one that is cut in its last number, which would be another number; and a log from before a column was new."""
+    assert pretrain(folders, tmp_path, "--max_epoch=2").returncode == 0
+    log = tmp_path / "IMAGENET-64/v1/log.csv"
+    lines = [",".join(line.split(",")[:6]) for line in log.read_text().splitlines()]
+    log.write_text("\n".join(lines) + "\n" + torn)
+    assert pretrain(folders, tmp_path, "--max_epoch=3", "--resume").returncode == 0
+    rows = utils.read_csv(log)
+    assert rows["step"] == [2, 4, 6, 8, 10, 12, 14, 15] and math.isnan(rows["peak_memory_mb"][0]) and rows["peak_memory_mb"][-1] > 0
+
+
+def test_overwrite_takes_links_for_what_they_are(folders: Path, tmp_path: Path):
+    assert pretrain(folders, tmp_path / "out", "--max_epoch=1").returncode == 0
+    run_of = tmp_path / "out" / "IMAGENET-64" / "v1"
+    for name in ("checkpoints", "eval"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("x")
+    shutil.rmtree(run_of / "checkpoints")
+    for name in ("checkpoints", "eval"):
+        (run_of / name).symlink_to(tmp_path / name)
+    assert pretrain(folders, tmp_path / "out", "--max_epoch=1", "--overwrite").returncode == 0
+    assert (tmp_path / "checkpoints" / "mine").exists() and (tmp_path / "eval" / "mine").exists() and not (run_of / "eval").exists()
+
+
+def test_a_list_of_unreadable_files_that_cannot_be_read_is_one_line(folders: Path, tmp_path: Path):
+    assert pretrain(folders, tmp_path, "--max_epoch=1").returncode == 0
+    (tmp_path / "IMAGENET-64/v1/unreadable.txt").mkdir()
+    assert_one_line_error(pretrain(folders, tmp_path, "--max_epoch=2", "--resume"), "unreadable.txt' cannot be read")
 
 
 @pytest.mark.parametrize("damage", [lambda c: c.pop("meter"), lambda c: c.update(step="5"), lambda c: c.update(config=[1]), lambda c: c["state_dict"].popitem(),

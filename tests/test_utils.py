@@ -178,20 +178,45 @@ def test_checkpoints_that_cannot_be_trusted_are_refused(tmp_path: Path, capsys: 
     assert "must not run" not in capsys.readouterr().out
 
 
+def test_a_flipped_bit_anywhere_is_one_line_or_harmless(tmp_path: Path):
+    """Whatever bit of a checkpoint flips: it is refused, or what it holds is what was saved."""
+    good, content = tmp_path / "good", {"state_dict": {"a": torch.arange(40.0)}, "epoch": 1, "step": 2, "arch": "resnet18", "config": {"lr": 0.1}}
+    utils.save_checkpoint(good, content)
+    data, bad, refused = good.read_bytes(), tmp_path / "bad", 0
+    for position in range(len(data)):
+        bad.write_bytes(data[:position] + bytes([data[position] ^ (1 << position % 8)]) + data[position + 1:])
+        try:
+            loaded = utils.load_checkpoint(bad)
+        except UserError:
+            refused += 1
+            continue
+        assert torch.equal(loaded["state_dict"]["a"], content["state_dict"]["a"]) and all(loaded[name] == content[name] for name in content if name != "state_dict")
+    assert refused > len(data) / 4  # the rest is padding and what nobody reads
+
+
+def test_epochs_are_sorted_by_number(tmp_path: Path):
+    for epoch in (9999, 10000, 2):
+        utils.save_checkpoint(tmp_path / "checkpoints" / f"epoch_{epoch:04d}.pth.tar", {"state_dict": {}, "epoch": epoch})
+    assert utils.checkpoint_to_resume(tmp_path)[0]["epoch"] == 10000
+
+
 def test_prepare_run_folder(tmp_path: Path):
     folder = tmp_path / "D" / "v1"
-    utils.prepare_run_folder(folder, utils.RunLock(folder), resume=False, overwrite=False)
+    utils.prepare_run_folder(folder, utils.FolderLock(folder), resume=False, overwrite=False)
+    (folder / "eval").mkdir()  # of an untrained encoder, evaluated before
+    utils.prepare_run_folder(folder, utils.FolderLock(folder), resume=False, overwrite=False)
+    assert (folder / "eval").exists()
     (folder / "config.yaml").write_text("x")
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="--resume.*--overwrite"):
-        utils.prepare_run_folder(folder, utils.RunLock(folder), resume=False, overwrite=False)
-    utils.prepare_run_folder(folder, utils.RunLock(folder), resume=True, overwrite=False)
+        utils.prepare_run_folder(folder, utils.FolderLock(folder), resume=False, overwrite=False)
+    utils.prepare_run_folder(folder, utils.FolderLock(folder), resume=True, overwrite=False)
     assert (folder / "config.yaml").exists()
-    utils.prepare_run_folder(folder, utils.RunLock(folder), resume=False, overwrite=True)
+    utils.prepare_run_folder(folder, utils.FolderLock(folder), resume=False, overwrite=True)
     assert not (folder / "config.yaml").exists() and (folder / "notes.txt").exists(), "only what a run wrote is deleted"
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        utils.prepare_run_folder(tmp_path / "file" / "v1", utils.RunLock(tmp_path / "file" / "v1"), resume=False, overwrite=False)
+        utils.prepare_run_folder(tmp_path / "file" / "v1", utils.FolderLock(tmp_path / "file" / "v1"), resume=False, overwrite=False)
 
 
 def test_durations():
