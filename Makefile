@@ -16,7 +16,7 @@ demo: .venv/installed
 	echo "demo     $$(( $$(date +%s) - start )) s without the installation"
 
 test: .venv/installed-dev
-	$(RUN) -m pytest -n auto -o tmp_path_retention_policy=failed -o tmp_path_retention_count=1
+	$(RUN) -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) -o tmp_path_retention_policy=failed -o tmp_path_retention_count=1
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: Python 3.10 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 2; }

@@ -54,6 +54,9 @@ def main_guard(main: Callable[[list[str]], None]) -> None:
             time.sleep(5)  # if the first process stops for the same reason, torchrun ends this one before it says it again
         what = f"{error.filename!r}: permission denied" if isinstance(error, PermissionError) else error
         print(f"error: {f'process {rank()}: ' if rank() else ''}{what}", file=sys.stderr)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            sys.stderr.flush()
+            os._exit(2)  # the threads of a process group that was not left in peace would abort a regular exit, now and then
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -34,7 +34,7 @@ JOBS = {
     "v2 shuffled, uneven over 4": (["--batch_size=14", "--bn_groups=4", "--shuffle_bn", "--mlp", "--log_every=1"], (4,)),  # 4, 4, 4, 2
     "v1 shuffled, uneven over 2": (["--batch_size=15", "--bn_groups=2", "--shuffle_bn", "--log_every=1"], (2,)),  # 8, 7
     "v1 random queue": (["--batch_size=16", "--bn_groups=2", "--shuffle_bn", "--queue_init=random", "--log_every=5"], (2,)),
-    "broken images": (["--batch_size=20", "--bn_groups=2", "--shuffle_bn", "--queue_init=random", "--max_epoch=1", "--log_every=5"], (2,)),
+    "broken images": (["--batch_size=100", "--bn_groups=2", "--shuffle_bn", "--queue_init=random", "--max_epoch=1", "--log_every=1", "--crop=16", "--resize=16"], (2,)),
     "float32, one step": (["--batch_size=16", "--bn_groups=4", "--shuffle_bn", "--precision=fp32", "--max_epoch=1", "--num_keys=16", "--log_every=1"], (2, 4)),
     "bfloat16, one step": (["--batch_size=16", "--bn_groups=4", "--shuffle_bn", "--precision=bf16", "--max_epoch=1", "--num_keys=16", "--log_every=1"], (2,)),
 }
@@ -48,8 +48,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_folders(root / "large", classes=4, train=IMAGES // 4, test=8, size=16)
     write_folders(root / "small", classes=4, train=6, test=2, size=16)
     write_folders(root / "broken", classes=4, train=50, test=1, size=16)
-    first = dataloader.epoch_batches(200, 20, seed=0, epoch=0)[0]
-    for index in first[[0, 10]].tolist():
+    first = dataloader.epoch_batches(200, 100, seed=0, epoch=0)[0]
+    for index in first[[0, 50]].tolist():
         (root / "broken" / "train" / f"class{index // 50}" / f"{index % 50:03}.png").write_bytes(b"no image")
     return {name: root / ("small" if "one step" in name else "broken" if "broken" in name else "large") for name in [*JOBS, "large"]}
 
