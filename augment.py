@@ -182,6 +182,17 @@ def augment(images: Tensor, params: Params, recipe: Recipe, dtype: torch.dtype =
         return _standardise(planes, recipe.mean, recipe.std)
 
 
+def views(images: Tensor, aspect: Tensor, recipe: Recipe, generators: Sequence[torch.Generator], n: int, rows: slice,
+          dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """A random view (m, 3, crop, crop) of each image for each generator: of images (m, C, H, W) that are the `rows` of a batch of n.
+
+    The random numbers are drawn for the whole batch, so a row's do not depend on who holds which rows.
+    """
+    whole = torch.ones(n)
+    whole[rows] = aspect
+    return [augment(images, draw(whole, recipe, generator).rows(rows), recipe, dtype).contiguous(memory_format=torch.channels_last) for generator in generators]
+
+
 @torch.no_grad()
 def normalize(images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD,
               dtype: torch.dtype = torch.float32) -> Tensor:

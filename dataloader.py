@@ -47,6 +47,7 @@ TURN = Image.Transpose
 EXIF_TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE, 6: TURN.ROTATE_270, 7: TURN.TRANSVERSE,
               8: TURN.ROTATE_90}
 QUARTER_TURNS = (TURN.TRANSPOSE, TURN.ROTATE_270, TURN.TRANSVERSE, TURN.ROTATE_90)
+CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 STL_SIDE, STL_FILES = 96, {"pretrain": "unlabeled", "train": "train", "test": "test"}
 
 
@@ -106,17 +107,19 @@ class Failures:
 # ----------------------------------------------------------------------------------------------------------------- what is there
 
 def detect(root: str) -> str:
-    """What the folder holds: shapes (the word), stl10, fashion_mnist, folders (train/ + val|test/), classes or packed; UserError for none of them."""
+    """What the folder holds: shapes (the word), stl10, cifar10, fashion_mnist, folders (train/ + val|test/), classes or packed; UserError for none of them."""
     if root == "shapes":
         return "shapes"
     path = Path(root)
     if not path.is_dir():
         raise UserError(f"--dataset_root {root!r} is no folder: give one with class folders, train/ and val/, STL-10 (or --download it), "
-                        "Fashion-MNIST idx files, or the word shapes")
+                        "CIFAR-10, Fashion-MNIST idx files, or the word shapes")
     if (path / "store.json").exists():
         return "packed"
     if (path / "stl10_binary").is_dir() or any((path / f"{name}_X.bin").exists() for name in STL_FILES.values()):
         return "stl10"
+    if _cifar_folder(path):
+        return "cifar10"
     if any(path.glob("*-images-idx3-ubyte*")):
         return "fashion_mnist"
     if (path / "train").is_dir() and (_test_folder(path) or _class_folders(path / "train")):  # a class, too, may be called train
@@ -152,6 +155,8 @@ def open_dataset(root: str, split: str, *, view: str, resize: int | str, crop: i
         return ArrayImages(kind, *make_shapes(SHAPE_COUNT[split], seed=1 if split == "test" else 0), SHAPE_CLASSES, view, resize, crop)
     if kind == "stl10":
         return ArrayImages(kind, *_read_stl10(path, split), view, resize, crop)
+    if kind == "cifar10":
+        return ArrayImages(kind, *_read_cifar10(path, split), CIFAR_CLASSES, view, resize, crop)
     if kind == "fashion_mnist":
         images, labels = (_read_idx(path, f"{'t10k' if split == 'test' else 'train'}-{part}") for part in ("images-idx3", "labels-idx1"))
         if len(images) != len(labels):
@@ -213,11 +218,54 @@ def _read_stl10(root: Path, split: str) -> tuple[np.ndarray, np.ndarray, list[st
     return stored.transpose(0, 1, 3, 2), labels, classes
 
 
+def stl10_folds(root: str, images: int) -> list[Tensor]:
+    """The ten official folds of STL-10's training split (Coates et al. 2011), each 1,000 of its indices; UserError where they are not, or do not fit."""
+    folder = Path(root) / "stl10_binary" if (Path(root) / "stl10_binary").is_dir() else Path(root)
+    if detect(root) != "stl10":
+        raise UserError(f"--folds are STL-10's, and --dataset_root {root!r} is {detect(root)}: leave --folds out, or see --train_fraction")
+    try:
+        folds = [torch.tensor([int(word) for word in line.split()]) for line in (folder / "fold_indices.txt").read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(folder / 'fold_indices.txt')!r} cannot be read ({error}): fetch it again (--download)") from None
+    if len(folds) != 10 or any(not len(fold) or fold.min() < 0 or fold.max() >= images or len(fold.unique()) != len(fold) for fold in folds):
+        raise UserError(f"{str(folder / 'fold_indices.txt')!r} does not hold ten folds of indices below {images}: fetch it again (--download)")
+    return folds
+
+
+def _cifar_folder(root: Path) -> Path | None:
+    """The folder of CIFAR-10's binary files, or of its pickled ones ("python version"), at or below `root`."""
+    below = [root / "cifar-10-batches-bin", root / "cifar-10-batches-py", root]
+    return next((folder for folder in below if any((folder / name).exists() for name in ("data_batch_1.bin", "data_batch_1"))), None)
+
+
+def _read_cifar10(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """CIFAR-10's images (n, 3, 32, 32) and labels: of the binary version, a byte and three planes an image; the pickled version is read by torchvision,
+    which compares its checksums first, so no foreign code is run."""
+    folder = _cifar_folder(root)
+    if not (folder / "data_batch_1.bin").exists():
+        try:
+            found = torchvision.datasets.CIFAR10(folder.parent, train=split != "test")
+        except Exception as error:  # what torchvision and pickle raise
+            raise UserError(f"{str(folder)!r} is not CIFAR-10's official python version ({' '.join(str(error).split())[:100]}): fetch it again, or take the binary version") from None
+        return np.ascontiguousarray(found.data.transpose(0, 3, 1, 2)), np.array(found.targets, np.int64)
+    parts = []
+    for name in ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]:
+        path = folder / f"{name}.bin"
+        size = _size(path, "CIFAR-10")
+        if size == 0 or size % 3073:
+            raise UserError(f"{str(path)!r} has {size} bytes, not a multiple of 3073: it is cut short, fetch it again")
+        parts.append(np.fromfile(path, np.uint8).reshape(-1, 3073))
+    records = np.concatenate(parts)
+    if records[:, 0].max() > 9:
+        raise UserError(f"{str(folder)!r} has a label {records[:, 0].max()}: CIFAR-10's are from 0 to 9")
+    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].astype(np.int64)
+
+
 def _size(path: Path, name: str) -> int:
     try:
         return path.stat().st_size
     except OSError:
-        raise UserError(f"{name} is incomplete: {str(path)!r} is missing (fetch it with --download)") from None
+        raise UserError(f"{name} is incomplete: {str(path)!r} is missing{' (fetch it with --download)' * (name == 'STL-10')}") from None
 
 
 def _fetch_stl10(root: str) -> None:

@@ -4,6 +4,8 @@
 """
 
 import contextlib
+import copy
+import functools
 import json
 import math
 import re
@@ -11,8 +13,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,8 +29,8 @@ import model
 import parallel
 import utils
 
-SAME_MEASURE = ("dataset", "train_images", "test_images", "arch", "crop", "asked_resize", "precision", "protocol", "linear_epochs", "linear_lrs",
-                "linear_batch_size", "linear_mirror", "asked_knn_k", "knn_temperature", "knn_weighted", "seed")
+SAME_MEASURE = ("dataset", "train_images", "test_images", "arch", "crop", "asked_resize", "precision", "protocol", "train_fraction", "folds", "finetune_lr",
+                "linear_epochs", "linear_lrs", "linear_batch_size", "linear_views", "asked_knn_k", "knn_temperature", "knn_weighted", "seed")
 BLOCK = 1 << 24  # numbers in the largest temporary matrix: 64 MB of float32
 
 
@@ -55,24 +57,35 @@ def _bits(value: torch.Tensor) -> torch.Tensor:
     return value.reshape(-1).view(torch.uint8)  # NaN equals itself here
 
 
-def extract_features(encoder: nn.Module, batches: Iterable[dataloader.Batch], mean: Sequence[float], std: Sequence[float],
-                     launch: parallel.OneDevice, mirror: bool = False, precision: str = "fp32") -> tuple[torch.Tensor, torch.Tensor]:
-    """Features float32 (n, D) and labels (n,), on the CPU, of batches of images; `mirror` gives (2, n, D): the images, then mirrored.
+Views = tuple[list[torch.Tensor], torch.Tensor]  # of a batch: one or more (N, 3, H, W), and labels (N,)
+
+
+def extract_features(encoder: nn.Module, batches: Iterable[Views], launch: parallel.OneDevice, precision: str = "fp32") -> tuple[torch.Tensor, torch.Tensor]:
+    """Features float32 (V, n, D) of V views of n images, and labels (n,), on the CPU.
 
     `encoder`, on the devices of `launch`, maps (N, 3, H, W) to (N, D). It is used in eval mode and must come out unchanged, bit for bit (RuntimeError).
     """
-    dtype = next(encoder.parameters()).dtype
     features, labels = [], []
     with frozen(encoder):
-        for batch in batches:
-            images = augment.normalize(batch.images.to(launch.device, non_blocking=True), mean, std, dtype=dtype)
-            views = [images, images.flip(-1)] if mirror else [images]
+        for views, batch_labels in batches:
             with parallel.autocast(precision, launch.device):
-                out = torch.stack([launch.encode(encoder, view) for view in views])  # (1 or 2, N, D)
+                out = torch.stack([launch.encode(encoder, view) for view in views])  # V x N x D
             features.append(out.float().cpu())
-            labels.append(batch.labels.cpu())
-    stacked = torch.cat(features, dim=1)
-    return (stacked if mirror else stacked[0]), torch.cat(labels)
+            labels.append(batch_labels.cpu())
+    return torch.cat(features, dim=1), torch.cat(labels)
+
+
+def whole_images(batches: Iterable[dataloader.Batch], mean: Sequence[float], std: Sequence[float], device: torch.device,
+                 dtype: torch.dtype = torch.float32, mirror: bool = False) -> Iterator[Views]:
+    """The images of batches, normalised, and (`mirror`) their mirror images."""
+    for batch in batches:
+        images = augment.normalize(batch.images.to(device, non_blocking=True), mean, std, dtype=dtype)
+        yield ([images, images.flip(-1)] if mirror else [images]), batch.labels
+
+
+def crop_recipe(crop: int, mean: Sequence[float], std: Sequence[float], smallest: float = 0.2) -> augment.Recipe:
+    """Random crops and flips, no colours: what classifiers are trained on."""
+    return augment.recipe("v1", crop, scale=(smallest, 1.0), jitter_p=0.0, grayscale=0.0, mean=tuple(mean), std=tuple(std))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- kNN
@@ -113,7 +126,7 @@ def standardisation(views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def train_linear(views: torch.Tensor, labels: torch.Tensor, test_features: torch.Tensor, test_labels: torch.Tensor, *,
                  lrs: Sequence[float], trials: Sequence[int], epochs: int, seed: int = 0, batch_size: int = 256,
-                 rows: torch.Tensor | None = None, momentum: float = 0.9) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                 rows: torch.Tensor | None = None, classes: int | None = None, momentum: float = 0.9) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Softmax regression on standardised features, for all T trials and L learning rates at once, by SGD with a cosine schedule.
 
     `views` (V, n, D) are the training features; `rows` restricts the training to some of the n images. An epoch meets each image once, in
@@ -123,7 +136,7 @@ def train_linear(views: torch.Tensor, labels: torch.Tensor, test_features: torch
     features (m, D) after each epoch (T, L, epochs).
     """
     num_views, n, width = views.shape
-    T, L, C, device = len(trials), len(lrs), int(labels.max()) + 1, views.device
+    T, L, C, device = len(trials), len(lrs), classes or int(labels.max()) + 1, views.device
     rows = torch.arange(n) if rows is None else rows.cpu()
     batch = min(batch_size, len(rows))
     steps = len(rows) // batch
@@ -193,18 +206,25 @@ def held_out(labels: torch.Tensor, fraction: float, generator: torch.Generator) 
     return torch.cat(kept), torch.cat(held)
 
 
-def linear_evaluation(views: torch.Tensor, labels: torch.Tensor, test_features: torch.Tensor, test_labels: torch.Tensor, *, epochs: int,
-                      lrs: Sequence[float], trials: int, seed: int = 0, batch_size: int = 256) -> dict[str, Any]:
-    """Top-1 of a linear classifier on frozen features at the last epoch; the test split decides nothing.
+def stratified(labels: torch.Tensor, fraction: float, generator: torch.Generator) -> torch.Tensor:
+    """Indices of `fraction` of each class (n,), at least one image of each, in rising order; all of them for 1."""
+    parts = [members[torch.randperm(len(members), generator=generator)][:max(1, round(fraction * len(members)))]
+             for c in labels.unique() for members in [(labels == c).nonzero().flatten()]]
+    return torch.cat(parts).sort().values
 
-    `views` (V, n, D) or (n, D) are training features, `test_features` (m, D). The learning rate is the one with the highest accuracy on a
-    stratified tenth of the training split that the classifiers did not see; then `trials` classifiers are fitted on all of it.
-    Returns linear_top1 (mean over trials, percent), linear_top1_std (sample deviation), trials (top-1 of each), learning_rate, heldout_top1
-    (of each learning rate), accuracy (trials, epochs), weight (trials, C, D) and bias (trials, C) for the features as they are.
-    Raises UserError if there is a choice to make and no class has two images.
+
+def linear_evaluation(views: torch.Tensor, labels: torch.Tensor, test_features: torch.Tensor, test_labels: torch.Tensor, *, epochs: int,
+                      lrs: Sequence[float], trials: Sequence[int], seed: int = 0, batch_size: int = 256, classes: int | None = None) -> dict[str, Any]:
+    """A linear classifier on frozen features; the test split decides nothing.
+
+    `views` (V, n, D) or (n, D) are training features, `test_features` (m, D). The learning rate is the one with the highest accuracy on a stratified
+    tenth of the training images that the classifiers did not see; then a classifier for each trial is fitted on all of them.
+    Returns learning_rate, heldout_top1 (of each learning rate), accuracy (T, epochs: top-1 in percent), predicted (T, m, 5: the classes with the highest
+    logits after the last epoch), weight (T, C, D) and bias (T, C) for the features as they are.
+    Raises UserError if there is a choice to make and no class has two images, or if it diverges.
     """
     views = views if views.dim() == 3 else views[None]
-    options = {"epochs": epochs, "seed": seed, "batch_size": batch_size}
+    options = {"epochs": epochs, "seed": seed, "batch_size": batch_size, "classes": classes}
     heldout: dict[str, float] = {}
     best = float(lrs[0])
     if len(lrs) > 1:
@@ -214,27 +234,137 @@ def linear_evaluation(views: torch.Tensor, labels: torch.Tensor, test_features: 
         _, _, chosen = train_linear(views, labels, views[0, held.to(views.device)], labels[held], lrs=lrs, trials=[0], rows=kept, **options)
         heldout = {f"{lr:g}": round(float(top1), 4) for lr, top1 in zip(lrs, chosen[0, :, -1])}
         best = float(lrs[int(chosen[0, :, -1].argmax())])
-    weight, bias, accuracy = train_linear(views, labels, test_features, test_labels, lrs=[best], trials=range(trials), **options)
+    weight, bias, accuracy = train_linear(views, labels, test_features, test_labels, lrs=[best], trials=trials, **options)
     if not (weight.isfinite().all() and bias.isfinite().all()):
         raise utils.UserError(f"the linear classifier diverged at learning rate {best:g}: give smaller --linear_lrs")
-    last = [float(top1) for top1 in accuracy[:, 0, -1]]
-    return {"linear_top1": statistics.fmean(last), "linear_top1_std": statistics.stdev(last) if trials > 1 else 0.0, "trials": last,
-            "learning_rate": best, "heldout_top1": heldout, "accuracy": accuracy[:, 0], "weight": weight[:, 0].cpu(), "bias": bias[:, 0].cpu()}
+    predicted = torch.stack([top_classes(test_features, w.cpu(), b.cpu()) for w, b in zip(weight[:, 0], bias[:, 0])])
+    return {"learning_rate": best, "heldout_top1": heldout, "accuracy": accuracy[:, 0], "predicted": predicted, "weight": weight[:, 0].cpu(), "bias": bias[:, 0].cpu()}
+
+
+@torch.no_grad()
+def top_classes(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int = 5) -> torch.Tensor:
+    """The k classes (m, k) (fewer if there are no more) with the highest logits of a classifier (C, D), (C,) on features (m, D), best first, in blocks."""
+    return torch.cat([F.linear(part, weight, bias).topk(min(k, len(bias)), dim=1).indices for part in features.split(max(1, BLOCK // len(bias)))])
+
+
+# The online protocols train on the encoder's output for new random crops in each epoch; the share of the learning rate by the part of training that is done.
+ORIGINAL, REFERENCE = (lambda done: 0.2 ** int(5 * done + 1e-9)), (lambda done: 0.1 ** ((done >= 0.6) + (done >= 0.8)))
+PROTOCOLS = {  # epochs, learning rates, trials, schedule, smallest area of a crop
+    "cached": (30, [0.001, 0.003, 0.01, 0.03, 0.1, 0.3], 3, None, 0.2),
+    "original": (100, [10.0], 1, ORIGINAL, 0.2),
+    "reference": (100, [30.0], 1, REFERENCE, 0.08),  # torchvision's RandomResizedCrop
+    "finetune": (30, [0.1], 1, lambda done: 0.5 * (1 + math.cos(math.pi * done)), 0.2),
+}
+
+
+def train_on_crops(cfg: SimpleNamespace, encoder: nn.Module, dataset: Any, recipe: augment.Recipe, rows: torch.Tensor, trial: int,
+                   test_features: Callable[[], torch.Tensor], test_labels: torch.Tensor, launch: parallel.OneDevice) -> dict[str, Any]:
+    """A linear classifier on the encoder's output for random views of `rows` of a data set (view "square"), by SGD with momentum 0.9.
+
+    With `cfg.finetune` the encoder is trained, too, in train mode, at `cfg.finetune_lr`; else it is frozen, in eval mode, and must come out
+    unchanged, bit for bit (RuntimeError). Every process encodes its share of a batch, and all train the same classifier.
+    Returns accuracy (epochs,), predicted (m, 5), weight (C, D) and bias (C,) as `linear_evaluation`. UserError if it diverges.
+    """
+    (lr,), rate, device, precision = cfg.linear_lrs, PROTOCOLS[cfg.protocol][3], launch.device, cfg.precision
+    batch = min(cfg.linear_batch_size, len(rows))
+    tests = test_features()
+    classifier = nn.Linear(tests.shape[1], len(dataset.classes)).to(device)
+    classifier.weight.data = 0.01 * torch.randn(classifier.weight.shape, generator=utils.generator(cfg.seed, "linear weights", trial)).to(device)
+    classifier.bias.data.zero_()
+    groups = [{"params": classifier.parameters(), "lr": lr}] + ([{"params": encoder.parameters(), "lr": cfg.finetune_lr}] if cfg.finetune else [])
+    optimizer, accuracy, predicted = torch.optim.SGD(groups, momentum=0.9), torch.zeros(cfg.linear_epochs, dtype=torch.float64), torch.empty(0)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    failures = dataloader.Failures(len(dataset))
+    own = launch.rows(batch)
+    with contextlib.nullcontext() if cfg.finetune else frozen(encoder), torch.enable_grad():
+        for epoch in utils.progress(range(cfg.linear_epochs), "linear classifier" if not cfg.finetune else "finetuning"):
+            encoder.train(cfg.finetune)
+            for group, start in zip(optimizer.param_groups, rates):
+                group["lr"] = start * rate(epoch / cfg.linear_epochs)
+            order = rows[torch.randperm(len(rows), generator=utils.generator(cfg.seed, f"linear order {trial}", epoch))]
+            batches = [order[i:i + batch][own] for i in range(0, len(order) - batch + 1, batch)]  # the last, incomplete batch is dropped
+            for step, part in enumerate(dataloader.iterate(dataset, batches, num_workers=cfg.num_workers, failures=failures)):
+                random = utils.generator(cfg.seed, f"linear views {trial}", epoch * len(batches) + step)
+                x, = augment.views(part.images.to(device, non_blocking=True), part.aspect, recipe, [random], batch, own, parallel.precision_dtype(precision))
+                with torch.set_grad_enabled(cfg.finetune), parallel.autocast(precision, device):
+                    out = launch.encode(encoder, x)
+                labels = launch.gather(part.labels.to(device, non_blocking=True), batch)
+                loss = F.cross_entropy(classifier(launch.gather(out.float(), batch)), labels)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+            if cfg.finetune:
+                tests = test_features()
+            predicted = top_classes(tests, classifier.weight.detach().cpu(), classifier.bias.detach().cpu())
+            accuracy[epoch] = 100 * (predicted[:, 0] == test_labels).double().mean()
+    if not all(p.isfinite().all() for p in classifier.parameters()):
+        raise utils.UserError(f"the linear classifier diverged at learning rate {lr:g}: give smaller --linear_lrs" + " and --finetune_lr" * cfg.finetune)
+    return {"accuracy": accuracy, "predicted": predicted, "weight": classifier.weight.detach().cpu(), "bias": classifier.bias.detach().cpu()}
+
+
+def scores(predicted: torch.Tensor, labels: torch.Tensor, classes: int) -> dict[str, Any]:
+    """What T classifiers got right: predicted classes (T, m, k), best first, and labels (m,).
+
+    linear_top1 (mean over trials, percent), linear_top1_std (sample deviation over them), trials (top-1 of each), linear_top1_ci95 (Wilson's interval of the
+    mean: what another draw of m test images may give), linear_top5 (where there are more than 5 classes), per_class_top1 (C; null for a class
+    without test images), and confusion (C x C, counts over all trials: row the true class, column the predicted).
+    """
+    hits = predicted == labels[:, None]  # T x m x k
+    trials = (100 * hits[..., 0].double().mean(dim=1)).tolist()
+    top1 = statistics.fmean(trials)
+    pairs = labels.repeat(len(predicted)) * classes + predicted[..., 0].flatten()
+    confusion = torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
+    per_class = [100 * int(row[c]) / int(row.sum()) if row.sum() else None for c, row in enumerate(confusion)]
+    top5 = {"linear_top5": 100 * float(hits.any(dim=2).double().mean())} if classes > 5 else {}
+    return {"linear_top1": top1, "linear_top1_std": statistics.stdev(trials) if len(trials) > 1 else 0.0, "linear_top1_ci95": wilson(top1 / 100, len(labels)),
+            "trials": trials, **top5, "per_class_top1": per_class, "confusion": confusion}
+
+
+def wilson(p: float, n: int, z: float = 1.959964) -> list[float]:
+    """Wilson's 95 % interval of a share p seen in n independent draws, in percent (Wilson 1927)."""
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [max(0.0, 100 * (centre - half) / (1 + z * z / n)), min(100.0, 100 * (centre + half) / (1 + z * z / n))]
 
 
 # -------------------------------------------------------------------------------------------------------- one encoder, start to end
 
+def settled(cfg: SimpleNamespace) -> SimpleNamespace:
+    """The configuration of an evaluation without its `auto`s; UserError for settings that contradict each other."""
+    cfg = SimpleNamespace(**vars(cfg))
+    if cfg.finetune and cfg.protocol != "cached":
+        raise utils.UserError(f"--finetune and --protocol {cfg.protocol} contradict each other: give one")
+    if cfg.folds and cfg.train_fraction < 1:
+        raise utils.UserError(f"--folds and --train_fraction {cfg.train_fraction:g} contradict each other: give one")
+    if cfg.folds and cfg.trials != "auto":
+        raise utils.UserError(f"--folds trains a classifier on each of the ten folds: leave --trials {cfg.trials} out")
+    cfg.protocol = "finetune" if cfg.finetune else cfg.protocol
+    epochs, lrs, trials, *_ = PROTOCOLS[cfg.protocol]
+    cfg.linear_epochs = epochs if cfg.linear_epochs == "auto" else cfg.linear_epochs
+    cfg.linear_lrs = lrs if "auto" in cfg.linear_lrs else cfg.linear_lrs
+    cfg.trials = trials if cfg.trials == "auto" else cfg.trials
+    if cfg.protocol != "cached" and len(cfg.linear_lrs) > 1:
+        raise utils.UserError(f"--linear_lrs {' '.join(map(str, cfg.linear_lrs))}: {'--finetune' if cfg.finetune else f'--protocol {cfg.protocol}'} takes one learning rate, "
+                              "only cached chooses")
+    return cfg
+
+
 @dataclass
 class Subject:
-    """An encoder to evaluate, and where its results go: `home`/`stem`; `foreign`: a file outside of the run."""
+    """An encoder to evaluate, and where its results go: `home`/`stem`; `foreign`: a file outside of the run; `found`: what the file holds."""
     encoder: nn.Module
     home: Path
     stem: str
     foreign: bool
+    found: str
     crop: int
     mean: list[float]
     std: list[float]
     record: dict[str, Any]  # what result.json says of it: encoder, arch, checkpoint, epoch, step
+
+    @property
+    def width(self) -> int:
+        """D of its features."""
+        return model.body_width(self.record["arch"])
 
 
 def load_subject(cfg: SimpleNamespace) -> Subject:
@@ -253,29 +383,45 @@ def load_subject(cfg: SimpleNamespace) -> Subject:
         raise utils.UserError(f"--encoder random and --load_pretrained_epoch {cfg.load_pretrained_epoch} contradict each other: give one")
     elif not untrained or any(run.glob("checkpoints/*.pth.tar")):
         path = utils.checkpoint_path(run, cfg.load_pretrained_epoch)
-    checkpoint = utils.load_checkpoint(path) if path else {}
-    # training's defaults serve an untrained encoder that has no run
-    config = {name: key.default for name, key in utils.config_keys("train").items()} | (checkpoint.get("config") or {"seed": cfg.seed})
-    arch = checkpoint.get("arch") or (config["arch"] if cfg.arch == "auto" else cfg.arch)
-    if cfg.arch not in ("auto", arch):
-        raise utils.UserError(f"--arch {cfg.arch} contradicts checkpoint {str(path)!r}, which is a {arch}: leave --arch out")
-    epoch = None if untrained else checkpoint.get("epoch")
+    checkpoint = utils.load_checkpoint(path, bare=cfg.pretrained is not None) if path else {}
+    # training's defaults serve an untrained encoder that has no run; files from elsewhere are of ImageNet at 224 px
+    own = checkpoint.get("config") or ({"seed": cfg.seed} if path is None else {"crop": 224})
+    config = {name: key.default for name, key in utils.config_keys("train").items()} | own
     if untrained:
-        encoder, stem = untrained_encoder(arch, config), "random"
+        arch = checkpoint.get("arch") or (config["arch"] if cfg.arch == "auto" else cfg.arch)
+        if cfg.arch not in ("auto", arch):
+            raise utils.UserError(f"--arch {cfg.arch} contradicts checkpoint {str(path)!r}, which is a {arch}: leave --arch out")
+        encoder, stem, found, epoch = untrained_encoder(arch, config), "random", "", None
     else:
-        encoder = utils.checked(model.encoder_from_state, arch, checkpoint["state_dict"], config["feature_dim"], config["mlp"])
+        encoder, found = read_checkpoint(path, checkpoint, cfg.arch)
+        arch, epoch = found.arch, checkpoint.get("epoch")
         stem = re.sub(r"(\.(pth|pt|tar))+$", "", path.name) if epoch is None or cfg.pretrained is not None else f"epoch_{epoch:04d}"
+    crop = config["crop"] if cfg.crop == "auto" else cfg.crop
+    found = f"{found}" + f"; it does not say its settings: crop {crop} px, ImageNet's mean and deviation" * (not checkpoint.get("config")) if found else ""
     record = {"encoder": cfg.encoder, "arch": arch, "checkpoint": None if untrained else str(path), "epoch": epoch,
               "step": None if untrained else checkpoint.get("step")}
-    return Subject(encoder=model.backbone(encoder), home=home, stem=stem, foreign=cfg.pretrained is not None,
-                   crop=config["crop"] if cfg.crop == "auto" else cfg.crop, mean=config["mean"], std=config["std"], record=record)
+    return Subject(encoder=model.backbone(encoder), home=home, stem=stem, foreign=cfg.pretrained is not None, found=found,
+                   crop=crop, mean=config["mean"], std=config["std"], record=record)
+
+
+def read_checkpoint(path: Path, checkpoint: dict[str, Any], arch: str = "auto") -> tuple[nn.Module, model.Found]:
+    """The backbone of a checkpoint and what it is; UserError if it does not fit `arch`, its own settings, or any known format."""
+    config = checkpoint.get("config") or {}
+    try:
+        encoder, found = model.read_encoder(checkpoint["state_dict"], None if arch == "auto" else arch)
+        for name, value in (("arch", checkpoint.get("arch")), *((name, config.get(name)) for name in ("feature_dim", "mlp", "small_stem"))):
+            if value is not None and name in ("arch", *config) and getattr(found, name) != value:
+                raise ValueError(f"its {name} is {value} by its settings, but {getattr(found, name)} by its weights")
+    except ValueError as error:
+        raise utils.UserError(f"checkpoint {str(path)!r} cannot be used: {error}") from None
+    return encoder, found
 
 
 def untrained_encoder(arch: str, config: dict[str, Any]) -> nn.Module:
     """The encoder that a run of this configuration starts from."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(utils.generator(config["seed"], "weights").initial_seed())
-        return utils.checked(model.build_encoder, arch, config["feature_dim"], config["mlp"])
+        return utils.checked(model.build_encoder, arch, config["feature_dim"], config["mlp"], small_stem=config["small_stem"])
 
 
 def data_name(root: str) -> str:
@@ -289,15 +435,20 @@ def data_path(root: str) -> str:
     return root if root == "shapes" else str(Path(root).resolve())
 
 
-def result_folder(subject: Subject, dataset: str, protocol: str) -> Path:
-    """`home`/`stem`, or `home`/`stem`-DATASET-PROTOCOL if the former holds the result of another data set or protocol.
+def kind_of(protocol: str, train_fraction: float, folds: bool) -> str:
+    """What sort of result it is, as part of a folder's name: results of several sorts stand side by side."""
+    return protocol + f"-{100 * train_fraction:g}percent" * (train_fraction < 1) + "-folds" * folds
+
+
+def result_folder(subject: Subject, dataset: str, kind: str) -> Path:
+    """`home`/`stem`, or `home`/`stem`-DATASET-KIND if that is for the result of another data set, or the kind is not the default.
 
     Raises UserError if that holds the result of another file of the same name (`pretrained`).
     """
     folder = subject.home / subject.stem
     taken = read_result(folder)
-    if taken and (taken.get("dataset"), taken.get("protocol")) != (dataset, protocol):
-        folder = subject.home / f"{subject.stem}-{dataset}-{protocol}"
+    if kind != "cached" or (taken and taken["dataset"] != dataset):
+        folder = subject.home / f"{subject.stem}-{dataset}-{kind}"
         taken = read_result(folder)
     old, new = (taken or {}).get("checkpoint"), subject.record["checkpoint"]
     if subject.foreign and old and Path(old).resolve() != Path(new).resolve():
@@ -316,8 +467,10 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 def settings(cfg: SimpleNamespace, subject: Subject) -> dict[str, Any]:
     """What makes a result: how it is measured, apart from the data set, and the encoder."""
-    names = ("protocol", "linear_epochs", "linear_lrs", "linear_batch_size", "linear_mirror", "knn_temperature", "knn_weighted", "precision", "seed")
-    return {name: getattr(cfg, name) for name in names} | {"asked_knn_k": cfg.knn_k, "asked_resize": cfg.resize, "crop": subject.crop} | subject.record
+    names = ("protocol", "train_fraction", "folds", "linear_epochs", "linear_lrs", "linear_batch_size", "linear_views", "knn_temperature", "knn_weighted",
+             "precision", "seed")
+    return {name: getattr(cfg, name) for name in names} | {"finetune_lr": cfg.finetune_lr if cfg.finetune else None, "asked_knn_k": cfg.knn_k,
+                                                           "asked_resize": cfg.resize, "crop": subject.crop} | subject.record
 
 
 def same_measure(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -325,51 +478,87 @@ def same_measure(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return all(a[name] == b[name] for name in SAME_MEASURE)
 
 
-def evaluate_subject(cfg: SimpleNamespace, subject: Subject, launch: parallel.OneDevice) -> tuple[Path, dict[str, Any], torch.Tensor]:
-    """kNN and linear accuracy of an encoder on `cfg.dataset_root`, left in its result folder by the first process.
+def evaluate_subject(cfg: SimpleNamespace, subject: Subject, launch: parallel.OneDevice) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """kNN and linear accuracy of an encoder on `cfg.dataset_root` (`settled`), left in its result folder by the first process.
 
     On several devices each encodes its share of the images, every image once, and votes for its share of the test images; the linear
-    classifiers, which take seconds, are trained by every process alike. Returns the folder, what result.json holds, and the linear
-    accuracy (trials, epochs). Raises UserError for unfit data or settings.
+    classifiers are trained by every process alike. Returns the folder, what result.json holds, and the classifiers: accuracy (trials, epochs),
+    confusion (C, C), weight, bias. Raises UserError for unfit data or settings.
     """
     start = time.monotonic()
     if cfg.dataset_root is None:
         raise utils.UserError("--dataset_root is missing: give labelled images, or the word shapes for the built-in data set")
     if cfg.download and launch.processes > 1:
         raise utils.UserError("--download is for one process: fetch the data with plain python first")
+    if cfg.finetune and launch.devices > 1:
+        raise utils.UserError(f"--finetune is for one device, not for {launch.devices}: use plain python, and CUDA_VISIBLE_DEVICES=0")
     device, first = launch.device, launch.rank == 0
-    precision = utils.checked(parallel.pick_precision, cfg.precision, device)
-    train, test = (dataloader.open_dataset(cfg.dataset_root, split, view="center", resize=cfg.resize, crop=subject.crop, download=cfg.download)
-                   for split in ("train", "test"))
-    if min(len(train), len(test)) < launch.processes ** 2:
-        raise utils.UserError(f"{min(len(train), len(test))} images are too few for {launch.processes} processes: evaluate with plain python")
-    folder = result_folder(subject, data_name(cfg.dataset_root), cfg.protocol)
-    k = min(cfg.knn_k, len(train))
+    cfg = SimpleNamespace(**vars(cfg))
+    asked, cfg.precision = cfg.precision, utils.checked(parallel.pick_precision, cfg.precision, device)
+    open_split = functools.partial(dataloader.open_dataset, cfg.dataset_root, crop=subject.crop, download=cfg.download)
+    train, test = (open_split(split, view="center", resize=cfg.resize) for split in ("train", "test"))
+    square = open_split("train", view="square", resize="auto") if cfg.protocol != "cached" or cfg.linear_views > 2 else None
+    chosen = stratified(train.labels, cfg.train_fraction, utils.generator(cfg.seed, "train fraction")) if cfg.train_fraction < 1 else torch.arange(len(train))
+    folds = dataloader.stl10_folds(cfg.dataset_root, len(train)) if cfg.folds else None
+    if min(len(chosen), len(test)) < launch.processes ** 2:
+        raise utils.UserError(f"{min(len(chosen), len(test))} images are too few for {launch.processes} processes: evaluate with plain python")
+    folder = result_folder(subject, data_name(cfg.dataset_root), kind_of(cfg.protocol, cfg.train_fraction, cfg.folds))
+    voters = min(map(len, folds)) if folds else len(chosen)
+    k = min(cfg.knn_k, voters)
     if first:
         check_writable(folder, "--encoder_output_root")
     if first and k < cfg.knn_k:
-        print(f"warning: --knn_k {cfg.knn_k} is more than the {len(train)} training images: k = {k}", file=sys.stderr)
+        print(f"warning: --knn_k {cfg.knn_k} is more than the {voters} training images: k = {k}", file=sys.stderr)
     if first:
-        print(f"note     {launch.note}\n" * bool(launch.note) + f"data     {train.name}: {len(train):,} training and {len(test):,} test images, {len(train.classes)} classes, "
-              f"shorter side {train.resize} px, crop {subject.crop} px ({launch.name}, {precision})", flush=True)
-    subject.encoder.to(device=device, dtype=parallel.precision_dtype(precision), memory_format=torch.channels_last)
+        part = f"{len(chosen):,} of " if len(chosen) < len(train) else ""
+        print(f"note     {launch.note}\n" * bool(launch.note) + f"data     {train.name}: {part}{len(train):,} training and {len(test):,} test images, {len(train.classes)} classes, "
+              f"shorter side {train.resize} px, crop {subject.crop} px ({launch.name}, {cfg.precision})", flush=True)
+    subject.encoder.to(device=device, dtype=parallel.precision_dtype(cfg.precision), memory_format=torch.channels_last)
     launch.wrap(subject.encoder.requires_grad_(False))
-    views, labels = dataset_features(train, cfg, subject, launch, precision, mirror=cfg.linear_mirror)
-    test_features, test_labels = dataset_features(test, cfg, subject, launch, precision, mirror=False)
-    views = (views if cfg.linear_mirror else views[None]).to(launch.float64_device)
+    views, labels = stored_views(cfg, subject, train, square, chosen, launch)
+    test_features, test_labels = dataset_features(cfg, subject, test, launch)
+    views = views.to(launch.float64_device if fits_on(launch.float64_device, views) else "cpu")
     own = launch.rows(len(test))
-    hits = knn_hits(views[0], labels, test_features[own], test_labels[own], k=k, temperature=cfg.knn_temperature, weighted=cfg.knn_weighted)
-    knn = 100.0 * int(launch.total(torch.tensor(hits, device=device))) / len(test)
-    linear = linear_evaluation(views, labels, test_features, test_labels, epochs=cfg.linear_epochs, lrs=cfg.linear_lrs,
-                               trials=cfg.trials, seed=cfg.seed, batch_size=cfg.linear_batch_size)
-    scores = {name: linear[name] for name in ("linear_top1", "linear_top1_std", "trials", "learning_rate", "heldout_top1")}
-    result = {"linear_top1": scores.pop("linear_top1"), "knn_top1": knn, **scores, "knn_k": k, "dataset": data_name(cfg.dataset_root),
-              "dataset_root": data_path(cfg.dataset_root),
-              "train_images": len(train), "test_images": len(test), "classes": len(train.classes), "resize": train.resize,
-              **settings(cfg, subject), "seconds": round(time.monotonic() - start, 1), "provenance": utils.provenance()}
+    vote = functools.partial(knn_hits, k=k, temperature=cfg.knn_temperature, weighted=cfg.knn_weighted)
+    votes = [vote(views[0, rows], labels[rows], test_features[0, own], test_labels[own]) for rows in folds or [slice(None)]]
+    knn = [100.0 * int(launch.total(torch.tensor(hits, device=device))) / len(test) for hits in votes]
+
+    trials = [(number, rows) for number, rows in enumerate(folds)] if folds else [(number, torch.arange(len(chosen))) for number in range(cfg.trials)]
+    if cfg.protocol == "cached":
+        options = {"epochs": cfg.linear_epochs, "lrs": cfg.linear_lrs, "seed": cfg.seed, "batch_size": cfg.linear_batch_size, "classes": len(train.classes)}
+        together = [([number], rows) for number, rows in trials] if folds else [([number for number, _ in trials], slice(None))]  # trials on the same images, at once
+        parts = [linear_evaluation(views[:, rows], labels[rows], test_features[0], test_labels, trials=numbers, **options) for numbers, rows in together]
+        linear = {name: torch.cat([part[name] for part in parts]) for name in ("accuracy", "predicted", "weight", "bias")}
+        chosen_rates = [part["learning_rate"] for part in parts]
+        heldout = parts[0]["heldout_top1"] if len(parts) == 1 else [part["heldout_top1"] for part in parts]
+    else:
+        parts = [online_trial(cfg, subject, square, chosen[rows], number, test, test_features, test_labels, launch) for number, rows in trials]
+        linear = {name: torch.stack([part[name] for part in parts]) for name in ("accuracy", "predicted", "weight", "bias")}
+        linear |= {"encoders": [part["encoder"] for part in parts]} if cfg.finetune else {}
+        chosen_rates, heldout = cfg.linear_lrs, {}
+    found = scores(linear["predicted"], test_labels, len(train.classes))
+    linear["confusion"] = found.pop("confusion")
+    result = {"linear_top1": found.pop("linear_top1"), "knn_top1": statistics.fmean(knn), **({"knn_top1_std": statistics.stdev(knn)} if folds else {}), **found,
+              "learning_rate": statistics.mode(chosen_rates), "heldout_top1": heldout, "knn_k": k, "dataset": data_name(cfg.dataset_root),
+              "dataset_root": data_path(cfg.dataset_root), "train_images": len(chosen), "test_images": len(test), "classes": len(train.classes),
+              "class_names": train.classes, "resize": train.resize, **settings(cfg, subject), "precision": asked,
+              "seconds": round(time.monotonic() - start, 1), "provenance": utils.provenance()}
     if first:
-        save_results(folder, result, linear, train.classes)
-    return folder, result, linear["accuracy"]
+        save_results(folder, result, linear)
+    return folder, result, linear
+
+
+def online_trial(cfg: SimpleNamespace, subject: Subject, square: Any, rows: torch.Tensor, number: int, test: Any, test_features: torch.Tensor,
+                 test_labels: torch.Tensor, launch: parallel.OneDevice) -> dict[str, Any]:
+    """A trial of `train_on_crops`; a finetuned one begins with a copy of the encoder, and gives it back."""
+    if len(rows) < launch.processes ** 2:
+        raise utils.UserError(f"{len(rows)} training images are too few for {launch.processes} processes: evaluate with plain python")
+    encoder = copy.deepcopy(subject.encoder).requires_grad_(True) if cfg.finetune else subject.encoder
+    tuned = replace(subject, encoder=encoder)
+    tests = (lambda: dataset_features(cfg, tuned, test, launch)[0][0]) if cfg.finetune else (lambda: test_features[0])
+    recipe = crop_recipe(subject.crop, subject.mean, subject.std, PROTOCOLS[cfg.protocol][4])
+    done = train_on_crops(cfg, encoder, square, recipe, rows, number, tests, test_labels, launch)
+    return done | {"encoder": encoder.state_dict() if cfg.finetune else None}
 
 
 def check_writable(folder: Path, flag: str) -> None:
@@ -382,26 +571,114 @@ def check_writable(folder: Path, flag: str) -> None:
         raise utils.UserError(f"{str(folder)!r} cannot be written: {error.strerror}: choose another {flag}") from None
 
 
-def dataset_features(dataset: Any, cfg: SimpleNamespace, subject: Subject, launch: parallel.OneDevice, precision: str,
-                     mirror: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """`extract_features` of a whole data set in its order, on all devices; UserError if the features are not finite."""
-    own = torch.arange(len(dataset))[launch.rows(len(dataset))]
-    order = list(own.split(cfg.eval_batch_size))
-    loader = dataloader.iterate(dataset, order, num_workers=cfg.num_workers, failures=dataloader.Failures(len(dataset)))
-    batches = utils.progress(loader, "features", total=len(order))
-    features, labels = extract_features(subject.encoder, batches, subject.mean, subject.std, launch, mirror=mirror, precision=precision)
-    features = launch.gather(features.movedim(-2, 0), len(dataset)).movedim(0, -2)
+def fits_on(device: torch.device | str, features: torch.Tensor) -> bool:
+    """Whether a GPU has room for features and for the work with them; else they stay where they are."""
+    return torch.device(device).type != "cuda" or 1.5 * features.nbytes < torch.cuda.mem_get_info(device)[0]
+
+
+def stored_views(cfg: SimpleNamespace, subject: Subject, train: Any, square: Any, chosen: torch.Tensor, launch: parallel.OneDevice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (V, n, D) of the chosen training images, and labels (n,): the image, for the cached protocol its mirror image, and random crops."""
+    count = cfg.linear_views if cfg.protocol == "cached" else 1
+    views, labels = dataset_features(cfg, subject, train, launch, chosen, mirror=count > 1)
+    recipe = crop_recipe(subject.crop, subject.mean, subject.std)
+    crops = [dataset_features(cfg, subject, square, launch, chosen, recipe=recipe, number=number)[0] for number in range(2, count)]
+    return torch.cat([views, *crops]) if crops else views, labels
+
+
+def dataset_features(cfg: SimpleNamespace, subject: Subject, dataset: Any, launch: parallel.OneDevice, chosen: torch.Tensor | None = None, *,
+                     mirror: bool = False, recipe: augment.Recipe | None = None, number: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (V, n, D) and labels (n,) of a data set (or its `chosen` images) in its order, on all devices and processes.
+
+    The views are the images, and with `mirror` their mirror images; or, of a data set of view "square", a random crop by a `recipe`, the `number`-th
+    of its kind. UserError if the memory does not suffice, or if the features are not finite.
+    """
+    chosen = torch.arange(len(dataset)) if chosen is None else chosen
+    n, batch, own = len(chosen), cfg.eval_batch_size, launch.rows(len(chosen))
+    edges = [own.start, *range((own.start // batch + 1) * batch, own.stop, batch), own.stop]  # of whole batches, whoever holds which rows
+    pieces = [slice(a, b) for a, b in zip(edges, edges[1:])]
+    check_memory(n * (2 if mirror else 1) * subject.width * 4)
+    loader = dataloader.iterate(dataset, [chosen[piece] for piece in pieces], num_workers=cfg.num_workers, failures=dataloader.Failures(len(dataset)))
+    batches = utils.progress(loader, "features", total=len(pieces))
+    dtype = parallel.precision_dtype(cfg.precision)
+    if recipe is None:
+        views = whole_images(batches, subject.mean, subject.std, launch.device, dtype, mirror)
+    else:
+        views = ((augment.views(part.images.to(launch.device), part.aspect, recipe, [utils.generator(cfg.seed, f"stored view {number}", piece.start // batch)], batch,
+                                slice(piece.start % batch, piece.start % batch + len(part.images)), dtype), part.labels) for piece, part in zip(pieces, batches))
+    features, labels = extract_features(subject.encoder, views, launch, cfg.precision)
+    features = launch.gather(features.movedim(-2, 0), n).movedim(0, -2)
     if not features.isfinite().all():
         raise utils.UserError(f"the features of {subject.record['checkpoint']} are not finite: its training diverged; choose an earlier epoch")
-    return features, launch.gather(labels, len(dataset))
+    return features, launch.gather(labels, n)
 
 
-def save_results(folder: Path, result: dict[str, Any], linear: dict[str, Any], classes: list[str]) -> None:
-    """accuracy.csv, linear.pth.tar, and result.json last: where it stands, the others are complete."""
+def check_memory(needed: int) -> None:
+    """UserError if the machine has not the memory (bytes) for features, as far as the system says."""
+    try:
+        free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):
+        return
+    if 2 * needed > free:  # parts, then the whole
+        raise utils.UserError(f"the features take {2 * needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} are free: use --linear_views 1, or a smaller --train_fraction")
+
+
+def save_results(folder: Path, result: dict[str, Any], linear: dict[str, Any]) -> None:
+    """accuracy.csv, confusion.csv, the classifiers, and result.json last: where it stands, the others are complete."""
     (folder / "result.json").unlink(missing_ok=True)
     rows = [(epoch, trial, f"{top1:.4f}") for trial, curve in enumerate(linear["accuracy"].tolist(), 1) for epoch, top1 in enumerate(curve, 1)]
     utils.write_csv(folder / "accuracy.csv", ["epoch", "trial", "top1"], rows)
-    classifier = {"weight": linear["weight"], "bias": linear["bias"], "classes": list(classes)}  # (trials, C, D), (trials, C)
+    utils.write_csv(folder / "confusion.csv", [f"predicted_{c}" for c in range(result["classes"])], linear["confusion"].tolist())
+    classifier = {"weight": linear["weight"], "bias": linear["bias"], "classes": result["class_names"]}  # (trials, C, D), (trials, C)
+    classifier |= {"encoders": linear["encoders"]} if "encoders" in linear else {}  # finetuned, one for each trial
     classifier |= {name: result[name] for name in ("arch", "checkpoint", "epoch", "dataset", "learning_rate")}
     utils.atomic_write(folder / "linear.pth.tar", lambda file: torch.save(classifier, file))
     utils.write_json(folder / "result.json", result)
+
+
+# ------------------------------------------------------------------------------------------------------------------ while training
+
+class Monitor:
+    """kNN accuracy of the query encoder while it is trained (k = 200, T = 0.07), on a fixed part of labelled images; training does not notice.
+
+    `cfg` is train.py's: `knn_root` (or `dataset_root`) names the images as an evaluation would; of class folders without a test split a stratified
+    tenth asks and the others vote. Raises UserError where labels are missing.
+    """
+
+    def __init__(self, cfg: SimpleNamespace, launch: parallel.OneDevice) -> None:
+        root = cfg.knn_root or cfg.dataset_root
+        kind = dataloader.detect(root)
+        if kind == "packed":
+            raise utils.UserError(f"--knn_every needs labelled images, and {root!r} is a packed store: name them with --knn_root")
+        self.launch, seed = launch, utils.generator(cfg.seed, "monitor")
+        opened = [dataloader.open_dataset(root, split, view="center", resize="auto", crop=cfg.crop) for split in (("pretrain",) if kind == "classes" else ("train", "test"))]
+        if kind == "classes":
+            kept, held = held_out(opened[0].labels, 0.1, seed)
+            if not len(held):
+                raise utils.UserError(f"--knn_every needs classes of two images or more, and {root!r} has none: name others with --knn_root")
+            pairs = [(opened[0], kept), (opened[0], held)]
+        else:
+            pairs = [(dataset, torch.arange(len(dataset))) for dataset in opened]
+        limits = cfg.knn_images, max(1, cfg.knn_images // 4)
+        self.parts = [(dataset, rows[torch.randperm(len(rows), generator=seed)[:limit]].sort().values) for (dataset, rows), limit in zip(pairs, limits)]
+        if min(len(rows) for _, rows in self.parts) < launch.processes ** 2:
+            raise utils.UserError(f"--knn_every has too few images in {root!r} for {launch.processes} processes: name others with --knn_root")
+        self.cfg = SimpleNamespace(eval_batch_size=256, num_workers=cfg.num_workers, precision=cfg.precision, seed=cfg.seed)
+        encoder = model.backbone(model.build_encoder(cfg.arch, cfg.feature_dim, cfg.mlp, small_stem=cfg.small_stem))
+        self.subject = Subject(encoder, home=Path(), stem="", foreign=False, found="", crop=cfg.crop, mean=cfg.mean, std=cfg.std,
+                               record={"arch": cfg.arch, "checkpoint": "this run"})
+        self.features: list[torch.Tensor] = []  # of those that vote and those that ask (n, D), of the last call
+        self.ready = False
+
+    def top1(self, state_dict: dict[str, torch.Tensor]) -> float:
+        """Top-1 in percent of an encoder's state, the same on every process, which all call it."""
+        encoder = self.subject.encoder
+        if not self.ready:
+            encoder.to(device=self.launch.device, dtype=parallel.precision_dtype(self.cfg.precision), memory_format=torch.channels_last).requires_grad_(False)
+            self.launch.wrap(encoder)
+            self.ready = True
+        encoder.load_state_dict({name: value for name, value in state_dict.items() if not name.startswith("fc.")})
+        (bank, labels), (queries, truth) = [dataset_features(self.cfg, self.subject, dataset, self.launch, rows) for dataset, rows in self.parts]
+        self.features = [bank[0], queries[0]]
+        own = self.launch.rows(len(truth))
+        hits = knn_hits(bank[0].to(self.launch.device), labels, queries[0, own], truth[own], k=min(200, len(labels)))
+        return 100.0 * int(self.launch.total(torch.tensor(hits, device=self.launch.device))) / len(truth)

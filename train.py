@@ -25,15 +25,17 @@ import torch
 
 import augment
 import dataloader
+import evaluate
 import parallel
 import utils
-from model import ARCHS, MoCo, contrast_hits, contrastive_loss
+from model import ARCHS, MoCo, alignment, contrast_hits, contrastive_loss, effective_rank, uniformity
 from utils import UserError
 
-LOG_COLUMNS = ["step", "epoch", "loss", "contrast_top1", "lr", "images_per_second", "data_wait_percent", "peak_memory_mb"]
+LOG_COLUMNS = ["step", "epoch", "loss", "contrast_top1", "lr", "images_per_second", "data_wait_percent", "peak_memory_mb",
+               "alignment", "uniformity", "effective_rank", "knn_top1"]
 AUTO_FROM_CHECKPOINT = ("bn_groups", "precision")  # on --resume auto is what it was, whatever the hardware now
 MAY_CHANGE_ON_RESUME = {"dataset_root", "dataset_name", "exp_version", "output_root", "num_workers", "pack", "compile", "download", "device", "log_every", "save_weight_epoch",
-                        "save_every_minutes", "resume", "overwrite"}
+                        "save_every_minutes", "knn_every", "knn_root", "knn_images", "tensorboard", "resume", "overwrite"}
 QUEUE_EPOCH = 2 ** 32  # the epoch number under which images for the first queue are drawn: no training epoch is called so
 
 
@@ -47,26 +49,27 @@ def main(argv: list[str]) -> None:
     if launch.rank == 0 and cfg.resume and folder.is_dir():
         lock.take()  # before the checkpoint is read
     checkpoint, path = utils.checkpoint_to_resume(folder) if cfg.resume else (None, None)
-    dataset, recipe = set_up(cfg, launch, checkpoint)
+    dataset, recipe, monitor = set_up(cfg, launch, checkpoint)
     if checkpoint is not None:
         refuse_changes(checkpoint, cfg, dataset, path)
     if launch.rank == 0:
         utils.prepare_run_folder(folder, lock, cfg.resume, cfg.overwrite)
         announce(cfg, folder, dataset, launch, checkpoint)
+        advise(cfg, len(dataset))
     if cfg.pack is not None:
         dataset = dataloader.packed(dataset, cfg.dataset_root, cfg.pack, cfg.num_workers)
     cfg.resume = cfg.overwrite = False  # how this process began is no property of the run
     with launch:
-        train(cfg, launch, folder, dataset, recipe, checkpoint)
+        train(cfg, launch, folder, dataset, recipe, monitor, checkpoint)
 
 
 def train(cfg: SimpleNamespace, launch: parallel.OneDevice, folder: Path, dataset: Any, recipe: augment.Recipe,
-          checkpoint: dict[str, Any] | None) -> None:
+          monitor: evaluate.Monitor | None, checkpoint: dict[str, Any] | None) -> None:
     """Set up the model, and the loop."""
     device = launch.device
     torch.manual_seed(utils.generator(cfg.seed, "weights").initial_seed())
     moco = MoCo(arch=cfg.arch, feature_dim=cfg.feature_dim, num_keys=cfg.num_keys, momentum=cfg.momentum,
-                temperature=cfg.temperature, bn_groups=cfg.bn_groups // launch.devices, mlp=cfg.mlp)
+                temperature=cfg.temperature, bn_groups=cfg.bn_groups // launch.devices, mlp=cfg.mlp, small_stem=cfg.small_stem)
     moco.to(device=device, dtype=parallel.precision_dtype(cfg.precision), memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(moco.encoder_q.parameters(), lr=cfg.lr, momentum=cfg.sgd_momentum,
                                 weight_decay=cfg.weight_decay, fused=device.type != "mps")
@@ -98,9 +101,11 @@ def train(cfg: SimpleNamespace, launch: parallel.OneDevice, folder: Path, datase
             group["lr"] = learning_rate(cfg, (step - 1) / steps_per_epoch)
         im_q, im_k = two_views(batch, recipe, cfg, step, launch)
         watch.lap("augmentation")
-        permutation = key_permutation(cfg, step) if cfg.shuffle_bn else None
         with parallel.autocast(cfg.precision, device):
-            logits, labels, keys = moco(im_q, im_k, shuffle=permutation)
+            logits, labels, keys = moco(im_q, im_k, shuffle=key_permutation(cfg, step))
+            if cfg.symmetric:  # the views change places; both losses meet the queue as it was
+                swapped = moco(im_k, im_q, shuffle=key_permutation(cfg, step, "shuffle back"), update=False)
+                logits, labels, keys = map(torch.cat, zip((logits, labels, keys), swapped))
         loss = contrastive_loss(logits, labels) * launch.weight()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -108,10 +113,11 @@ def train(cfg: SimpleNamespace, launch: parallel.OneDevice, folder: Path, datase
         optimizer.step()
         moco.enqueue(keys)  # after the backward pass, which needs the queue as it was
         watch.lap("update")
-        meter.add(loss, contrast_hits(logits), cfg.batch_size)
+        meter.add(loss, contrast_hits(logits), alignment(logits, cfg.temperature), len(keys))
 
-        logs = step % cfg.log_every == 0 or step == total
         epoch, epoch_ends = (step - 1) // steps_per_epoch + 1, step % steps_per_epoch == 0
+        watched = monitor is not None and epoch_ends and (epoch % cfg.knn_every == 0 or step == total)
+        logs = step % cfg.log_every == 0 or step == total or watched
         keep = epoch_ends and (epoch % cfg.save_weight_epoch == 0 or step == total)
         due = time.monotonic() - last_save > 60 * cfg.save_every_minutes
         stopped, due, broken = launch.agreed([stop.received or 0, due, len(failures.untold)], meeting=logs)
@@ -122,7 +128,9 @@ def train(cfg: SimpleNamespace, launch: parallel.OneDevice, folder: Path, datase
         if logs:
             spent = watch.read()
             row = {"step": step, "epoch": epoch, **means, "lr": optimizer.param_groups[0]["lr"],
-                   "data_wait_percent": 100 * spent.get("data", 0.0) / sum(spent.values()), "peak_memory_mb": parallel.peak_memory_mb(device)}
+                   "data_wait_percent": 100 * spent.get("data", 0.0) / sum(spent.values()), "peak_memory_mb": parallel.peak_memory_mb(device),
+                   "uniformity": float(uniformity(keys[:1024])), "effective_rank": float(effective_rank(moco.queue)),
+                   "knn_top1": monitor.top1(launch.state_dict(moco.encoder_q)) if watched else math.nan}
             if launch.rank == 0:
                 log.add(row)
                 report(row, cfg, total)
@@ -136,12 +144,13 @@ def train(cfg: SimpleNamespace, launch: parallel.OneDevice, folder: Path, datase
             if launch.rank == 0:
                 print(f"stopped by signal {stopped} after step {step}: saved; continue with --resume", flush=True)
             sys.exit(128 + stopped)
-        watch.lap("other")
+        watch.lap("kNN" if watched else "other")
     if launch.rank == 0:
         finish(folder, cfg, time.monotonic() - started, watch)
 
 
-def set_up(cfg: SimpleNamespace, launch: parallel.OneDevice, checkpoint: dict[str, Any] | None) -> tuple[Any, augment.Recipe]:
+def set_up(cfg: SimpleNamespace, launch: parallel.OneDevice,
+           checkpoint: dict[str, Any] | None) -> tuple[Any, augment.Recipe, evaluate.Monitor | None]:
     """Check what the flags mean together, replace every `auto` in cfg, open the data: all errors come before any work."""
     if cfg.dataset_root is None:
         raise UserError("--dataset_root is missing: give a folder of images, or the word shapes for the built-in data set")
@@ -173,7 +182,20 @@ def set_up(cfg: SimpleNamespace, launch: parallel.OneDevice, checkpoint: dict[st
         raise UserError(f"--pixel_boxes needs a data set of one size kept at that size, not {dataset.name} at --resize {cfg.resize}: leave it out")
     recipe = augment.recipe("v2" if cfg.aug_plus else "v1", cfg.crop, scale=tuple(cfg.crop_scale), grayscale=cfg.grayscale,
                             grid=cfg.resize if cfg.pixel_boxes else 0, mean=tuple(cfg.mean), std=tuple(cfg.std))
-    return dataset, recipe
+    monitor = evaluate.Monitor(cfg, launch) if cfg.knn_every else None
+    return dataset, recipe, monitor
+
+
+def advise(cfg: SimpleNamespace, images: int) -> None:
+    """Warn of a queue or a momentum that do not suit the size of the data set, with values that do."""
+    steps = cfg.max_epoch * (images // cfg.batch_size)
+    if 4 * cfg.num_keys > images:
+        print(f"warning: --num_keys {cfg.num_keys} is {100 * cfg.num_keys / images:.0f} % of the {images} images, so many of a query's negatives are its own image: "
+              f"try {2 ** max(0, math.floor(math.log2(images / 8)))}", file=sys.stderr)
+    if steps * (1 - cfg.momentum) < 5:
+        fit = next((m for m in (0.999, 0.996, 0.99, 0.97) if steps * (1 - m) >= 5), 0.9)
+        print(f"warning: with --momentum {cfg.momentum:g} the key encoder moves at 1/{1 / max(1e-9, 1 - cfg.momentum):.0f} a step, and there are {steps} steps: try {fit}"
+              if cfg.momentum < 1 else "warning: with --momentum 1 the key encoder never moves", file=sys.stderr)
 
 
 def start_together(launch: parallel.OneDevice, cfg: SimpleNamespace, dataset: Any, step: int) -> None:
@@ -197,15 +219,9 @@ def order(n: int, cfg: SimpleNamespace, step: int, launch: parallel.OneDevice) -
 
 def two_views(batch: dataloader.Batch, recipe: augment.Recipe, cfg: SimpleNamespace, step: int,
               launch: parallel.OneDevice, streams: tuple[str, ...] = ("query", "key")) -> list[torch.Tensor]:
-    """Views (n, 3, crop, crop) of this process's rows of a batch, one for each stream of random numbers, which are those of the whole batch."""
-    images, dtype, rows = batch.images.to(launch.device, non_blocking=True), parallel.precision_dtype(cfg.precision), launch.rows()
-    aspect = torch.ones(cfg.batch_size)
-    aspect[rows] = batch.aspect
-    views = []
-    for stream in streams:
-        params = augment.draw(aspect, recipe, utils.generator(cfg.seed, stream, step)).rows(rows)
-        views.append(augment.augment(images, params, recipe, dtype).contiguous(memory_format=torch.channels_last))
-    return views
+    """Views (n, 3, crop, crop) of this process's rows of a batch, one for each stream of random numbers."""
+    return augment.views(batch.images.to(launch.device, non_blocking=True), batch.aspect, recipe, [utils.generator(cfg.seed, stream, step) for stream in streams],
+                         cfg.batch_size, launch.rows(), parallel.precision_dtype(cfg.precision))
 
 
 def compile_encoders(moco: MoCo, cfg: SimpleNamespace, launch: parallel.OneDevice) -> None:
@@ -223,9 +239,9 @@ def compile_encoders(moco: MoCo, cfg: SimpleNamespace, launch: parallel.OneDevic
         print(f"compiled in {utils.duration(time.monotonic() - start)}", flush=True)
 
 
-def key_permutation(cfg: SimpleNamespace, step: int) -> torch.Tensor:
-    """The permutation of the keys of the global batch (N,), on the CPU."""
-    return torch.randperm(cfg.batch_size, generator=utils.generator(cfg.seed, "shuffle", step))
+def key_permutation(cfg: SimpleNamespace, step: int, stream: str = "shuffle") -> torch.Tensor | None:
+    """The permutation of the keys of the global batch (N,), on the CPU; None without shuffled BN."""
+    return torch.randperm(cfg.batch_size, generator=utils.generator(cfg.seed, stream, step)) if cfg.shuffle_bn else None
 
 
 def learning_rate(cfg: SimpleNamespace, epoch: float) -> float:
@@ -262,38 +278,39 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        self.sums = torch.zeros(2, dtype=self.dtype, device=self.launch.device)  # loss, contrast hits
+        self.sums = torch.zeros(3, dtype=self.dtype, device=self.launch.device)  # loss, contrast hits, alignment
         self.sound = torch.zeros((), dtype=torch.int64, device=self.launch.device)  # steps before the first loss that is not finite
-        self.steps, self.images = 0, 0
+        self.steps, self.queries = 0, 0
         self.start()
 
     def start(self, seconds: float = 0.0) -> None:
         """Measure the time from now on; `seconds` were before."""
         self.since = time.monotonic() - seconds
 
-    def add(self, loss: torch.Tensor, hits: torch.Tensor, images: int) -> None:
-        self.sums += torch.stack([loss.detach() / self.launch.processes, hits])
+    def add(self, loss: torch.Tensor, hits: torch.Tensor, aligned: torch.Tensor, queries: int) -> None:
+        """A step's mean loss and alignment on this process, its hits, and the queries of all processes."""
+        self.sums += torch.stack([loss.detach() / self.launch.processes, hits, aligned * self.launch.weight() / self.launch.processes])
         self.sound += self.sums[0].isfinite()  # once it is not, it stays so
-        self.steps, self.images = self.steps + 1, self.images + images
+        self.steps, self.queries = self.steps + 1, self.queries + queries
 
     def read(self, step: int, folder: Path) -> dict[str, float]:
-        """Mean loss, contrast accuracy in percent and images/s, over all processes; UserError if a loss was not finite."""
-        loss, hits = self.launch.total(self.sums).tolist()
+        """Mean loss, contrast accuracy in percent, alignment and images/s, over all processes; UserError if a loss was not finite."""
+        loss, hits, aligned = self.launch.total(self.sums).tolist()
         if not math.isfinite(loss):
             first = step - self.steps + 1 - self.launch.agreed([-int(self.sound)])[0]
             raise UserError(f"the loss of step {first} was not finite: {last_good(folder)}; try a lower --lr")
-        return {"loss": loss / max(1, self.steps), "contrast_top1": 100 * hits / max(1, self.images),
-                "images_per_second": self.images / max(1e-9, time.monotonic() - self.since)}
+        return {"loss": loss / max(1, self.steps), "contrast_top1": 100 * hits / max(1, self.queries), "alignment": aligned / max(1, self.steps),
+                "images_per_second": self.launch.batch_size * self.steps / max(1e-9, time.monotonic() - self.since)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.launch.total(self.sums), "steps": self.steps, "images": self.images, "seconds": time.monotonic() - self.since}
+        return {"sums": self.launch.total(self.sums), "steps": self.steps, "images": self.queries, "seconds": time.monotonic() - self.since}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.reset()
-        self.steps, self.images = state["steps"], state["images"]
+        self.steps, self.queries = state["steps"], state["images"]
         self.sound += self.steps
         if self.launch.rank == 0:  # the sums of all processes
-            self.sums = state["sums"].to(self.sums)
+            self.sums[:len(state["sums"])] = state["sums"].to(self.sums)  # older ones hold no alignment
 
 
 def last_good(folder: Path) -> str:
@@ -319,12 +336,13 @@ def snapshot(cfg: SimpleNamespace, step: int, steps_per_epoch: int, moco: MoCo, 
 
 def refuse_changes(checkpoint: dict[str, Any], cfg: SimpleNamespace, dataset: Any, path: Path) -> None:
     """UserError if the run that wrote the checkpoint was another one than cfg's, or is past its end."""
-    old, new, end = checkpoint.get("config"), vars(cfg), cfg.max_epoch * (len(dataset) // cfg.batch_size)
+    defaults = {name: key.default for name, key in utils.config_keys("train").items()}  # of settings that are newer than the checkpoint
+    old, new, end = defaults | checkpoint.get("config", {}), vars(cfg), cfg.max_epoch * (len(dataset) // cfg.batch_size)
     missing = [name for name in ("config", "step", "optimizer", "meter") if name not in checkpoint]
     if missing:
         raise UserError(f"checkpoint {str(path)!r} cannot be continued: it has no {', '.join(missing)}")
     free = MAY_CHANGE_ON_RESUME | (set() if cfg.cosine else {"max_epoch"})
-    changed = [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in new if name not in free and old.get(name) != new[name]]
+    changed = [f"{name} {old[name]!r} -> {new[name]!r}" for name in new if name not in free and old[name] != new[name]]
     if checkpoint.get("images") != len(dataset):
         changed.append(f"images {checkpoint.get('images')} -> {len(dataset)}")
     if changed:
@@ -363,7 +381,8 @@ def announce(cfg: SimpleNamespace, folder: Path, dataset: Any, launch: parallel.
 def report(row: dict[str, float], cfg: SimpleNamespace, total: int) -> None:
     left = (total - row["step"]) * cfg.batch_size / row["images_per_second"]
     print(f"epoch {row['epoch']}/{cfg.max_epoch}  step {row['step']}/{total}  loss {row['loss']:.3f}  contrast top-1 {row['contrast_top1']:.1f} %  "
-          f"lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s  left {utils.duration(left)}", flush=True)
+          + (f"kNN {row['knn_top1']:.1f} %  " if not math.isnan(row["knn_top1"]) else "")
+          + f"lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s  left {utils.duration(left)}", flush=True)
 
 
 def finish(folder: Path, cfg: SimpleNamespace, seconds: float, watch: utils.Stopwatch) -> None:
@@ -372,8 +391,11 @@ def finish(folder: Path, cfg: SimpleNamespace, seconds: float, watch: utils.Stop
     try:
         figure = visualize.loss_figure({cfg.exp_version: visualize.read_loss(folder)})
         utils.atomic_write(folder / "loss.png", lambda file: figure.savefig(file, format="png", dpi=120))
+        log = utils.read_csv(folder / "log.csv", LOG_COLUMNS)
+        if any(not math.isnan(top1) for top1 in log["knn_top1"]):
+            visualize.write_figure(folder / "knn.png", visualize.knn_figure(log))
     except UserError as error:  # what counts is saved
-        print(f"warning: loss.png is not drawn: {error}", file=sys.stderr)
+        print(f"warning: a figure is not drawn: {error}", file=sys.stderr)
     watch.read()
     parts = [f"{name} {100 * spent / sum(watch.total.values()):.0f} %" for name, spent in watch.total.items()]
     print("time: " + ", ".join(parts) if parts else "time: no step was left to do")

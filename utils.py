@@ -206,7 +206,7 @@ def _flat(tree: dict) -> dict[str, Any]:
     return flat
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise UserError(f"{message} (see --help)")
 
@@ -217,7 +217,7 @@ def load_config(script: str, argv: list[str]) -> SimpleNamespace:
     Raises UserError for an unknown key, flag or preset, and for a value of the wrong type or out of range.
     """
     keys = config_keys(script)
-    parser = _Parser(prog=f"python {script}.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+    parser = Parser(prog=f"python {script}.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120))
     parser.add_argument("--preset", metavar="NAME", help="a named set of values: " + ", ".join(read_yaml(CONFIG_FILE)["presets"]))
     parser.add_argument("--config", metavar="FILE", help="a YAML file of values, such as the config.yaml of a run")
@@ -427,7 +427,7 @@ def prepare_run_folder(folder: Path, lock: FolderLock, resume: bool, overwrite: 
             raise UserError(f"{str(folder)!r} holds an earlier run: continue it with --resume, replace it with --overwrite, "
                             "or name another --exp_version")
         if overwrite:  # the checkpoints first: a run that has none is begun anew
-            for name in ("checkpoints", "eval", "loss.png", "config.yaml", "log.csv"):
+            for name in ("checkpoints", "eval", "loss.png", "knn.png", "config.yaml", "log.csv"):
                 _remove(folder / name)
         if not resume:
             _remove(folder / "unreadable.txt")
@@ -491,8 +491,11 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     atomic_write(path, lambda file: torch.save({"format": CHECKPOINT_FORMAT, **content}, file))
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's content on the CPU, tensors and plain values only (no code runs); UserError if it cannot be used."""
+def load_checkpoint(path: str | Path, bare: bool = False) -> dict[str, Any]:
+    """A checkpoint's content on the CPU, tensors and plain values only (no code runs); UserError if it cannot be used.
+
+    `bare` takes a file that is a state_dict itself, too, such as torchvision's weights.
+    """
     try:
         with open(path, "rb") as file:
             file.peek(1)
@@ -510,6 +513,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         code = "weights_only" in str(error) and "global" in str(error).lower()
         reason = "it holds pickled code, which is never run" if code else "it is damaged, or no checkpoint"
         raise UserError(f"checkpoint {str(path)!r} is refused: {reason}") from None
+    if bare and isinstance(content, dict) and content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        content = {"state_dict": content}
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"checkpoint {str(path)!r} has no state_dict: it is not a MoCo checkpoint")
     wrong = [name for name, kind in {"format": int, "epoch": int, "step": int, "arch": str, "config": dict}.items()

@@ -34,7 +34,7 @@ GREY = "0.45"
 
 
 def main(argv: list[str]) -> None:
-    cfg = utils.load_config("visualize", argv)
+    cfg = evaluate.settled(utils.load_config("visualize", argv))
     if cfg.pretrained is not None or cfg.encoder == "random":
         flag = "--encoder random" if cfg.encoder == "random" else f"--pretrained {cfg.pretrained!r}"
         raise utils.UserError(f"{flag} is for test.py: name runs with --multiple_encoder_exp_version")
@@ -109,14 +109,15 @@ def accuracy_of(cfg: SimpleNamespace, launch: parallel.OneDevice, version: str, 
         raise utils.UserError(f"{str(subject.home / subject.stem)!r} has no result with these settings and {cfg.trials} trials: "
                               "give --dataset_root, so that it can be evaluated")
     print(f"{version}, epoch {subject.record['epoch']}: evaluating", flush=True)
-    folder, result, accuracy = evaluate.evaluate_subject(cfg, subject, launch)
-    write_figure(folder / "accuracy.png", accuracy_figure(accuracy, result))
-    return result, accuracy
+    folder, result, linear = evaluate.evaluate_subject(cfg, subject, launch)
+    draw_evaluation(folder, result, linear)
+    return result, linear["accuracy"]
 
 
 def stored_accuracy(cfg: SimpleNamespace, subject: evaluate.Subject, dataset: str | None) -> tuple[dict[str, Any], torch.Tensor] | None:
     """An earlier evaluation with the same settings and at least as many trials, or None; `dataset` None takes that of the plain folder."""
-    folder = subject.home / subject.stem if dataset is None else evaluate.result_folder(subject, dataset, cfg.protocol)
+    kind = evaluate.kind_of(cfg.protocol, cfg.train_fraction, cfg.folds)
+    folder = subject.home / subject.stem if dataset is None else evaluate.result_folder(subject, dataset, kind)
     result = evaluate.read_result(folder)
     if result is None or len(result["trials"]) < cfg.trials or not (folder / "accuracy.csv").exists():
         return None
@@ -158,6 +159,12 @@ def one_dataset(found: Mapping[Any, tuple[dict[str, Any], torch.Tensor]]) -> str
     if len(names) > 1:
         raise utils.UserError(f"the stored results are of different data sets ({', '.join(names)}): give --dataset_root")
     return names[0]
+
+
+def draw_evaluation(folder: Path, result: Mapping[str, Any], linear: Mapping[str, Any]) -> None:
+    """The figures of one evaluation, beside its result."""
+    write_figure(folder / "accuracy.png", accuracy_figure(linear["accuracy"], result))
+    write_figure(folder / "confusion.png", confusion_figure(linear["confusion"], result))
 
 
 def write_figure(path: Path, figure: Figure) -> None:
@@ -256,6 +263,43 @@ def accuracy_figure(accuracy: torch.Tensor, result: Mapping[str, Any]) -> Figure
     axes.set(xlabel="epoch of the linear classifier", ylabel="test top-1 (%)", title=f"{result['arch']}, {name}, on {result['dataset']}")
     tidy(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def confusion_figure(confusion: torch.Tensor, result: Mapping[str, Any]) -> Figure:
+    """Counts (C, C), row the true class, as shares of the row in percent; numbers and names where there is room for them."""
+    share = 100 * confusion.double() / confusion.sum(dim=1, keepdim=True).clamp_min(1)
+    classes, names = len(share), result["class_names"]
+    side = 8 if classes > 6 else 6
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+    if classes <= 20:
+        for i, row in enumerate(share.tolist()):
+            for j, value in enumerate(row):
+                if value >= 0.05:
+                    axes.text(j, i, f"{value:.0f}" if classes > 10 else f"{value:.1f}", ha="center", va="center", fontsize=8, color="white" if value > 55 else "0.1")
+    if classes <= 50:
+        axes.set_xticks(range(classes), [name[:16] for name in names], rotation=90 if classes > 3 else 0, fontsize=9 if classes <= 20 else 6)
+        axes.set_yticks(range(classes), [name[:16] for name in names], fontsize=9 if classes <= 20 else 6)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.set_title(f"{result['arch']} on {result['dataset']}: share of the true class (%), top-1 {result['linear_top1']:.1f} %", fontsize=11)
+    figure.colorbar(image, ax=axes, shrink=0.6, label="%")
+    return figure
+
+
+def knn_figure(log: Mapping[str, Sequence[float]]) -> Figure:
+    """kNN top-1 (percent) and effective rank while training, over steps: of the columns `step`, `knn_top1` and `effective_rank` of a log."""
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    seen = [(step, top1) for step, top1 in zip(log["step"], log["knn_top1"]) if not math.isnan(top1)]
+    left.plot(*zip(*seen), color=COLOURS["M3"], linewidth=1.6, marker="o", markersize=4)
+    right.plot(log["step"], log["effective_rank"], color=COLOURS["M2"], linewidth=1.6)
+    left.set(xlabel="step", ylabel="kNN top-1 (%)")
+    right.set(xlabel="step", ylabel="effective rank of the queue")
+    right.set_ylim(bottom=0)
+    for axes in (left, right):
+        tidy(axes, ticks=5)
     return figure
 
 

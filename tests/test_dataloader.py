@@ -1,8 +1,10 @@
 """Data sets of every kind, what is wrong with them, decoding, and the order of samples."""
 
 import gzip
+import hashlib
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -639,3 +641,59 @@ def test_a_batch_moves_as_a_whole() -> None:
     batch = dataloader.Batch(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.ones(2), torch.tensor([1, 2]), ["/x"])
     moved = batch.to(torch.device("meta"))
     assert moved.images.is_meta and moved.aspect.is_meta and moved.labels.is_meta and moved.failed == ["/x"]
+
+
+# ------------------------------------------------------------------------------------------------------------------------- CIFAR-10
+
+def write_cifar10(folder: Path, per_batch: int = 6) -> np.ndarray:
+    """The binary version: six files of records, a label and the three planes; returns the records (36, 3073)."""
+    folder.mkdir(parents=True)
+    random, records = np.random.default_rng(0), []
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        record = random.integers(0, 256, (per_batch, 3073), dtype=np.uint8)
+        record[:, 0] %= 10
+        record.tofile(folder / f"{name}.bin")
+        records.append(record)
+    return np.concatenate(records)
+
+
+@pytest.mark.parametrize("below", ["", "cifar-10-batches-bin"])
+def test_cifar10_in_its_binary_version(tmp_path: Path, below: str):
+    records = write_cifar10(tmp_path / "c" / below)
+    for split, part in (("pretrain", records[:30]), ("train", records[:30]), ("test", records[30:])):
+        dataset = dataloader.open_dataset(str(tmp_path / "c"), split, view="square", resize="auto", crop=32)
+        batch = dataset.fetch(torch.arange(len(dataset)))
+        assert dataset.name == "cifar10" and dataset.native == dataset.resize == 32
+        assert torch.equal(batch.images.flatten(1), torch.from_numpy(part[:, 1:])) and batch.labels.tolist() == part[:, 0].tolist()
+
+
+def test_damaged_cifar10_is_one_line(tmp_path: Path):
+    write_cifar10(tmp_path / "c")
+    path = tmp_path / "c" / "data_batch_3.bin"
+    content = path.read_bytes()
+    for bad, words in ((content[:-1], "cut short"), (bytes([11]) + content[1:], "label 11")):
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match=words):
+            dataloader.open_dataset(str(tmp_path / "c"), "train", view="square", resize="auto", crop=32)
+    path.unlink()
+    with pytest.raises(UserError, match="data_batch_3.bin' is missing"):
+        dataloader.open_dataset(str(tmp_path / "c"), "train", view="square", resize="auto", crop=32)
+
+
+def test_cifar10_in_its_pickled_version_is_torchvision_s_after_its_checksums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    data = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
+    for name, content in {**{f"data_batch_{i}": {"data": data, "labels": [0, 1, 2, 9]} for i in range(1, 6)}, "test_batch": {"data": data[:2], "labels": [3, 4]},
+                          "batches.meta": {"label_names": list("abcdefghij")}}.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match="not CIFAR-10's official python version"):  # other bytes than the official ones: never unpickled
+        dataloader.open_dataset(str(tmp_path), "train", view="square", resize="auto", crop=32)
+    digest = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    kind = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(kind, "train_list", [[name, digest[name]] for name, _ in kind.train_list])
+    monkeypatch.setattr(kind, "test_list", [[name, digest[name]] for name, _ in kind.test_list])
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": digest["batches.meta"]})
+    dataset = dataloader.open_dataset(str(tmp_path), "train", view="square", resize="auto", crop=32)
+    batch = dataset.fetch(torch.arange(len(dataset)))
+    assert torch.equal(batch.images[4:8].flatten(1), torch.from_numpy(data)) and batch.labels.tolist() == [0, 1, 2, 9] * 5

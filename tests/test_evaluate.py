@@ -73,34 +73,33 @@ def test_knn_refuses_more_neighbours_than_images() -> None:
 # ---------------------------------------------------------------------------------------------------------------- linear classifier
 
 def test_separable_features_are_classified_without_error() -> None:
-    result = evaluate.linear_evaluation(*clusters(200), *clusters(100, seed=1), epochs=10, lrs=[0.01, 0.1, 1.0], trials=3)
-    assert result["trials"] == [100.0] * 3
-    assert (result["linear_top1"], result["linear_top1_std"]) == (100.0, 0.0)
+    result = evaluate.linear_evaluation(*clusters(200), *clusters(100, seed=1), epochs=10, lrs=[0.01, 0.1, 1.0], trials=range(3))
+    assert result["accuracy"][:, -1].tolist() == [100.0] * 3
 
 
 def test_saved_classifier_gives_the_reported_accuracy_on_plain_features() -> None:
     train, test = clusters(200, noise=1.0), clusters(100, noise=1.0, seed=1)
-    result = evaluate.linear_evaluation(*train, *test, epochs=5, lrs=[0.03], trials=2)
-    assert 30 < result["linear_top1"] < 95
-    for weight, bias, top1 in zip(result["weight"], result["bias"], result["trials"]):
+    result = evaluate.linear_evaluation(*train, *test, epochs=5, lrs=[0.03], trials=range(2))
+    for weight, bias, curve, predicted in zip(result["weight"], result["bias"], result["accuracy"], result["predicted"]):
+        top1 = float(curve[-1])
+        assert 30 < top1 < 95 and torch.equal(predicted, F.linear(test[0], weight, bias).argsort(dim=1, descending=True))
         assert 100 * (F.linear(test[0], weight, bias).argmax(1) == test[1]).double().mean() == pytest.approx(top1, abs=1e-4)
     assert result["accuracy"].shape == (2, 5)
-    assert result["accuracy"][:, -1].tolist() == result["trials"]
     assert not torch.equal(result["weight"][0], result["weight"][1])
 
 
 def test_the_test_split_decides_nothing() -> None:
     train, (test, test_labels) = clusters(300, noise=1.0), clusters(120, noise=1.0, seed=1)
-    results = [evaluate.linear_evaluation(*train, features, labels, epochs=4, lrs=[1e-5, 0.01, 0.1], trials=2)
+    results = [evaluate.linear_evaluation(*train, features, labels, epochs=4, lrs=[1e-5, 0.01, 0.1], trials=range(2))
                for features, labels in ((test, test_labels), (test, test_labels.flip(0).roll(1)), (test[:7] * 3, test_labels[:7]))]
     for other in results[1:]:
         assert other["learning_rate"] == results[0]["learning_rate"] and other["heldout_top1"] == results[0]["heldout_top1"]
         assert torch.equal(other["weight"], results[0]["weight"]) and torch.equal(other["bias"], results[0]["bias"])
-        assert other["linear_top1"] != results[0]["linear_top1"]
+        assert not torch.equal(other["accuracy"], results[0]["accuracy"])
 
 
 def test_learning_rate_is_the_best_on_the_held_out_part() -> None:
-    result = evaluate.linear_evaluation(*clusters(300, noise=0.5), *clusters(40), epochs=5, lrs=[1e-6, 0.1], trials=1)
+    result = evaluate.linear_evaluation(*clusters(300, noise=0.5), *clusters(40), epochs=5, lrs=[1e-6, 0.1], trials=range(1))
     assert result["heldout_top1"]["0.1"] > result["heldout_top1"]["1e-06"] + 20
     assert result["learning_rate"] == 0.1
 
@@ -164,15 +163,15 @@ def test_held_out_part_is_stratified() -> None:
 def test_nothing_to_choose_on_is_said() -> None:
     features, labels = clusters(4)
     with pytest.raises(utils.UserError, match="--linear_lrs"):
-        evaluate.linear_evaluation(features, labels, features, labels, epochs=1, lrs=[0.1, 1.0], trials=1)
-    evaluate.linear_evaluation(features, labels, features, labels, epochs=1, lrs=[0.1], trials=1)
+        evaluate.linear_evaluation(features, labels, features, labels, epochs=1, lrs=[0.1, 1.0], trials=range(1))
+    evaluate.linear_evaluation(features, labels, features, labels, epochs=1, lrs=[0.1], trials=range(1))
 
 
 def test_constant_features_do_no_harm() -> None:
     train, test = clusters(100), clusters(40, seed=1)
     add = lambda x: torch.cat([x, torch.full((len(x), 2), 7.0)], dim=1)  # noqa: E731
-    result = evaluate.linear_evaluation(add(train[0]), train[1], add(test[0]), test[1], epochs=10, lrs=[0.1], trials=1)
-    assert result["linear_top1"] == 100.0 and result["weight"].isfinite().all()
+    result = evaluate.linear_evaluation(add(train[0]), train[1], add(test[0]), test[1], epochs=10, lrs=[0.1], trials=range(1))
+    assert result["accuracy"][0, -1] == 100.0 and result["weight"].isfinite().all()
 
 
 # ------------------------------------------------------------------------------------------------------------------------- features
@@ -191,15 +190,15 @@ def test_features_are_those_of_eval_mode_whatever_the_batches() -> None:
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-0.1, 0.1)
     encoder.layer1.eval()
-    features, labels = evaluate.extract_features(encoder, image_batches(), MEAN, STD, CPU)
+    features, labels = evaluate.extract_features(encoder, evaluate.whole_images(image_batches(), MEAN, STD, CPU.device), CPU)
     assert encoder.training and not encoder.layer1.training and encoder.layer2[0].bn1.training  # the modes come back
-    assert features.shape == (10, 512) and features.dtype == torch.float32 and labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    assert features.shape == (1, 10, 512) and features.dtype == torch.float32 and labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
     whole = image_batches(size=10)[0].images
     x = (whole / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     with torch.no_grad():
         expected = encoder.eval()(x), encoder(x.flip(-1))
-    torch.testing.assert_close(features, expected[0], rtol=1e-4, atol=1e-5)
-    both, _ = evaluate.extract_features(encoder, image_batches(size=3), MEAN, STD, CPU, mirror=True)
+    torch.testing.assert_close(features[0], expected[0], rtol=1e-4, atol=1e-5)
+    both, _ = evaluate.extract_features(encoder, evaluate.whole_images(image_batches(size=3), MEAN, STD, CPU.device, mirror=True), CPU)
     torch.testing.assert_close(both, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
@@ -207,7 +206,7 @@ def test_an_encoder_that_changes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> 
     encoder = model.backbone(model.build_encoder("resnet18", 8))
     monkeypatch.setattr(type(encoder), "eval", lambda self: self.train())  # batch norm left in train mode
     with pytest.raises(RuntimeError, match="bn1.running_mean"):
-        evaluate.extract_features(encoder, image_batches(), MEAN, STD, CPU)
+        evaluate.extract_features(encoder, evaluate.whole_images(image_batches(), MEAN, STD, CPU.device), CPU)
 
 
 def test_one_bit_of_change_is_noticed_and_nan_is_not() -> None:
@@ -239,7 +238,7 @@ def test_results_of_a_run(place: Path) -> None:
     flags = [f"--encoder_output_root={place}/output", f"--dataset_root={place}/data", *FAST]
     done = run("test.py", *flags, "--load_pretrained_epoch=1")
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in (home / "epoch_0001").iterdir()) == ["accuracy.csv", "accuracy.png", "linear.pth.tar", "result.json"]
+    assert sorted(p.name for p in (home / "epoch_0001").iterdir()) == ["accuracy.csv", "accuracy.png", "confusion.csv", "confusion.png", "linear.pth.tar", "result.json"]
     result = json.loads((home / "epoch_0001" / "result.json").read_text())
     assert result["epoch"] == 1 and result["protocol"] == "cached" and result["dataset"] == "data" and result["crop"] == 16
     assert (result["train_images"], result["test_images"], result["knn_k"]) == (24, 12, 5)
@@ -296,7 +295,7 @@ def test_untrained_encoder_is_the_one_that_the_run_started_from(place: Path) -> 
 @pytest.mark.parametrize("flags, words", [
     (["--load_pretrained_epoch=9"], "it has epochs 1, 2"),
     (["--encoder_exp_version=M9"], "runs there: v1"),
-    (["--arch=resnet50"], "contradicts checkpoint"),
+    (["--arch=resnet50"], "those of a resnet18, not of a resnet50"),
     (["--encoder=random", "--pretrained=x.pth"], "contradict each other"),
     (["--pretrained=missing.pth"], "missing.pth"),
     (["--dataset_root=nowhere"], "nowhere"),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 
 import parallel
-from model import GroupBatchNorm2d, MoCo, OverlapConv2d, backbone, build_encoder, contrast_hits, contrastive_loss, encoder_from_state
+from model import GroupBatchNorm2d, MoCo, OverlapConv2d, build_encoder, contrast_hits, contrastive_loss
 
 
 @pytest.fixture(autouse=True)
@@ -235,19 +235,6 @@ def test_mlp_head_is_linear_relu_linear():
 def test_state_dict_has_the_names_of_the_reference():
     names = small_moco(mlp=True).state_dict().keys()
     assert {"encoder_q.conv1.weight", "encoder_k.layer4.1.bn2.running_var", "encoder_q.fc.0.weight", "encoder_q.fc.2.bias", "queue", "queue_ptr"} <= set(names)
-
-
-def test_encoder_from_state_takes_the_query_encoder_and_refuses_what_does_not_fit():
-    moco = small_moco().float()
-    state = {f"module.{name}": value for name, value in moco.state_dict().items()}
-    x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(encoder_from_state("resnet18", state, 8).eval()(x), moco.encoder_q.eval()(x))
-    assert backbone(encoder_from_state("resnet18", state, 8)).eval()(x).shape == (2, 512)
-    for arch, dim, mlp in (("resnet34", 8, False), ("resnet18", 9, False), ("resnet18", 8, True)):
-        with pytest.raises(ValueError, match="do not fit"):
-            encoder_from_state(arch, state, dim, mlp)
-    with pytest.raises(ValueError, match="no keys"):
-        encoder_from_state("resnet18", {"conv1.weight": state["module.encoder_q.conv1.weight"]}, 8)
 
 
 def test_unknown_architecture_is_refused():

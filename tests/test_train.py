@@ -171,7 +171,7 @@ def test_overwrite_takes_links_for_what_they_are(folders: Path, tmp_path: Path):
 def test_a_list_of_unreadable_files_that_cannot_be_read_is_one_line(folders: Path, tmp_path: Path):
     assert pretrain(folders, tmp_path, "--max_epoch=1").returncode == 0
     (tmp_path / "IMAGENET-64/v1/unreadable.txt").mkdir()
-    assert_one_line_error(pretrain(folders, tmp_path, "--max_epoch=2", "--resume"), "unreadable.txt' cannot be read")
+    assert_last_line_is_error(pretrain(folders, tmp_path, "--max_epoch=2", "--resume"), "unreadable.txt' cannot be read")
 
 
 @pytest.mark.parametrize("damage", [lambda c: c.pop("meter"), lambda c: c.update(step="5"), lambda c: c.update(config=[1]), lambda c: c["state_dict"].popitem(),
@@ -283,3 +283,77 @@ def test_a_loss_that_is_not_finite_stops_before_a_checkpoint(folders: Path, tmp_
     done = pretrain(folders, tmp_path, "--max_epoch=20", "--lr=1e38")
     assert_last_line_is_error(done, "not finite")
     assert not os.listdir(tmp_path / "IMAGENET-64/v1/checkpoints")
+
+
+# ---------------------------------------------------------------------------------------------------------------- options of the method
+
+def test_a_symmetric_step_is_both_directions_and_one_update(folders: Path, tmp_path: Path):
+    """Loss and queue after one step, against the definition written out: CE of q1 k2 and of q2 k1, the queue as it was, keys enqueued once."""
+    flags = ["--symmetric", "--shuffle_bn", "--queue_init=random", "--precision=fp64", "--max_epoch=1", "--log_every=1", "--momentum=0.9"]
+    assert pretrain(folders, tmp_path, *flags).returncode == 0
+    log = utils.read_csv(tmp_path / "IMAGENET-64/v1/log.csv")
+    cfg = utils.load_config("train", [f"--dataset_root={folders}", f"--output_root={tmp_path}/x", *TINY, *flags])
+    launch = train.parallel.OneDevice()
+    dataset, recipe, _ = train.set_up(cfg, launch, None)
+    torch.manual_seed(utils.generator(0, "weights").initial_seed())
+    moco = train.MoCo("resnet18", 8, 48, 0.9, 0.07, bn_groups=2).double().train()
+    launch.attach(moco, 16, 2)
+    queue = moco.queue.clone()
+    batch = dataset.fetch(train.dataloader.epoch_batches(len(dataset), 16, 0, 0)[0])
+    one, two = train.two_views(batch, recipe, cfg, 1, launch)
+    losses, keys = [], []
+    with torch.no_grad():
+        moco.update_key_encoder()  # a fresh key encoder is the query encoder
+        for query, key, stream in ((one, two, "shuffle"), (two, one, "shuffle back")):
+            order = torch.randperm(16, generator=utils.generator(0, stream, 1))
+            k = torch.empty(16, 8, dtype=torch.float64)
+            k[order] = torch.nn.functional.normalize(moco.encoder_k(key[order]), dim=1)
+            q = torch.nn.functional.normalize(moco.encoder_q(query), dim=1)
+            scores = torch.cat([(q * k).sum(1, keepdim=True), q @ queue], 1) / 0.07
+            losses.append(-(scores[:, 0] - scores.logsumexp(1)).mean())
+            keys.append(k)
+    assert log["loss"][0] == pytest.approx(float(sum(losses) / 2), rel=1e-9)
+    assert len(log["step"]) == 5 and int(state(tmp_path)["state_dict"]["module.queue_ptr"]) == (2 * 16 * 5) % 48
+    assert pretrain(folders, tmp_path / "one", *[*flags, "--max_epoch=1"]).returncode == 0
+    torch.testing.assert_close(state(tmp_path)["state_dict"], state(tmp_path / "one")["state_dict"], rtol=0, atol=0)
+
+
+def test_a_small_stem_is_trained_and_evaluated(folders: Path, tmp_path: Path):
+    assert pretrain(folders, tmp_path, "--max_epoch=1", "--small_stem").returncode == 0
+    assert state(tmp_path)["state_dict"]["module.encoder_k.conv1.weight"].shape == (64, 3, 3, 3)
+    done = run("test", f"--dataset_root={folders}", f"--encoder_output_root={tmp_path}", "--encoder=random", "--linear_epochs=1", "--trials=1", "--linear_lrs", "0.1",
+               "--num_workers=0", "--device=cpu", "--knn_k=5")
+    assert done.returncode == 0, done.stderr
+    done = pretrain(folders, tmp_path, "--max_epoch=1", "--no-small_stem", "--resume")
+    assert_one_line_error(done, "small_stem True -> False")
+
+
+def test_small_data_sets_are_advised(folders: Path, tmp_path: Path):
+    done = pretrain(folders, tmp_path, "--max_epoch=1", "--num_keys=48", "--momentum=0.999")
+    assert "--num_keys 48 is 60 % of the 80 images" in done.stderr and "try 8" in done.stderr
+    assert "with --momentum 0.999 the key encoder moves at 1/1000 a step, and there are 5 steps: try 0.9" in done.stderr
+    assert pretrain(folders, tmp_path, "--max_epoch=2", "--num_keys=16", "--momentum=0.5", "--overwrite").stderr == ""
+
+
+def test_a_run_of_an_older_version_is_resumed(folders: Path, tmp_path: Path):
+    """Its checkpoint knows neither the newer settings nor the third sum of the meter; its log has fewer columns."""
+    assert pretrain(folders, tmp_path, "--max_epoch=2").returncode == 0
+    whole = state(tmp_path)
+    assert pretrain(folders, tmp_path / "old", "--max_epoch=1").returncode == 0
+    folder = tmp_path / "old" / "IMAGENET-64" / "v1"
+    content = utils.load_checkpoint(folder / "checkpoints" / "last.pth.tar")
+    content["config"] = {name: value for name, value in content["config"].items() if name not in ("small_stem", "symmetric", "knn_every", "knn_root", "knn_images")}
+    content["meter"]["sums"] = content["meter"]["sums"][:2]
+    utils.save_checkpoint(folder / "checkpoints" / "last.pth.tar", content)
+    log = utils.read_csv(folder / "log.csv")
+    utils.write_csv(folder / "log.csv", train.LOG_COLUMNS[:6], zip(*[log[name] for name in train.LOG_COLUMNS[:6]]))
+    done = pretrain(folders, tmp_path / "old", "--max_epoch=2", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(whole, state(tmp_path / "old"))
+    assert math.isnan(utils.read_csv(folder / "log.csv")["alignment"][0])
+
+
+@pytest.mark.parametrize("preset", ["cifar10", "stl10", "mocov2"])
+def test_presets_start(folders: Path, tmp_path: Path, preset: str):
+    done = run("train", f"--preset={preset}", f"--dataset_root={folders}", f"--output_root={tmp_path}", *TINY, "--num_keys=16", "--max_epoch=1")
+    assert done.returncode == 0, done.stderr
