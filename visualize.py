@@ -11,17 +11,25 @@ Without --dataset_root only results that are there are drawn. The functions take
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
+from torchvision.transforms.v2 import functional as TF
 
+import augment
 import dataloader
 import evaluate
 import parallel
@@ -31,6 +39,10 @@ import utils
 COLOURS = {"M0": "#CC79A7", "M1": "#E69F00", "M2": "#009E73", "M3": "#0072B2"}
 OTHER_COLOURS = ["#D55E00", "#56B4E9", "#000000", "#999933", "#882255"]
 GREY = "0.45"
+CLASS_COLOURS = [*COLOURS.values(), *OTHER_COLOURS, "#888888"]  # of up to ten classes; the markers tell apart what an eye cannot
+CLASS_MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*", "<", "p"]
+RIGHT, WRONG = COLOURS["M3"], OTHER_COLOURS[0]
+VIEW_SIDE, NEIGHBOUR_SIDE = 96, 64  # the largest thumbnails that are kept, in px: of either figure about 1 MB at most
 
 
 def main(argv: list[str]) -> None:
@@ -344,6 +356,269 @@ def tidy(axes: Axes, ticks: int = 8) -> None:
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+# ------------------------------------------------------------------------------------------------------ images, features and filters
+#
+# Each figure in two halves: `*_data` collects what is to be seen as small arrays, which np.savez keeps without pickle; `*_figure` draws them.
+
+def views_data(dataset: Any, recipe: augment.Recipe, seed: int, count: int = 6) -> dict[str, np.ndarray]:
+    """`count` images of a data set that was opened with view "square", and the two views of each that a step of training would make.
+
+    images uint8 (n, 1 or 3, S, S), aspect float32 (n,), their original width / height; query, key uint8 (n, 3, crop, crop), not normalised;
+    names (n,), of the classes, "" where there is none. The images are of different classes, as far as possible.
+    """
+    rows = of_different_classes(dataset.labels, count, utils.generator(seed, "views"))
+    batch = dataset.fetch(rows)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (recipe.mean, recipe.std))
+    views = {}
+    for stream in ("query", "key"):  # training's streams of random numbers, at a step that no run has
+        view = augment.augment(batch.images, augment.draw(batch.aspect, recipe, utils.generator(seed, stream)), recipe)
+        views[stream] = thumbnails((255 * (view * std + mean)).round().to(torch.uint8), VIEW_SIDE)
+    return {"images": thumbnails(batch.images, VIEW_SIDE), "aspect": batch.aspect.numpy().astype(np.float32), **views,
+            "names": class_names(dataset.classes, batch.labels)}
+
+
+def views_figure(data: Mapping[str, np.ndarray]) -> Figure:
+    """Of `views_data`: a column for each image, rows image, query view, key view."""
+    images, names, aspect = data["images"], data["names"], data["aspect"].tolist()
+    figure = Figure(figsize=(8, 0.2 + 0.25 * any(names) + 3 * 7 / max(6, len(images))), layout="constrained")
+    axes = figure.add_subplot()
+    for y, pictures in enumerate((images, data["query"], data["key"])):
+        for x, picture in enumerate(pictures):
+            tile(axes, picture, 1.06 * x, 1.06 * y, aspect=aspect[x] if y == 0 else 1.0)
+    axes.set(xlim=(-0.01, 1.06 * len(images) - 0.05), ylim=(3.13, -0.01))
+    bare(axes)
+    axes.set_yticks([0.5, 1.56, 2.62], ["image", "query\nview", "key\nview"], fontsize=10)
+    axes.set_xticks([1.06 * x + 0.5 for x in range(len(images))], [short(name, 90 // max(6, len(images))) for name in names], fontsize=9, parse_math=False)
+    return figure
+
+
+def neighbours_data(train_images: Any, train_labels: torch.Tensor, test_images: Any, test_labels: torch.Tensor,
+                    features: Mapping[str, tuple[torch.Tensor, torch.Tensor]], classes: Sequence[str], seed: int, k: int = 6,
+                    count: int = 6) -> dict[str, np.ndarray]:
+    """The k nearest training images by cosine of `count` test images of different classes, for each encoder.
+
+    `features`: by name of the encoder, the training features (n, D) and test features (m, D); images: anything that an array of rows
+    selects uint8 (.., 1 or 3, S, S) from. Returns, for E encoders and c test images: encoders (E,), their names; share float32 (E,), how
+    many of the neighbours of all m test images are of the right class, percent; tests () m; rows int32 (c,), labels int32 (c,), names (c,), images
+    uint8 (c, 1 or 3, s, s) of the test images shown; neighbour_rows and neighbour_labels int32 (E, c, k), closest first, neighbour_images
+    uint8 (E, c, k, 1 or 3, s, s). ValueError unless 1 <= k <= n.
+    """
+    if not 1 <= k <= len(train_labels):
+        raise ValueError(f"k {k} must be from 1 to the number of training images, {len(train_labels)}")
+    rows = of_different_classes(test_labels, count, utils.generator(seed, "neighbours"))
+    share, found = [], []
+    for train_features, test_features in features.values():
+        neighbours = nearest(train_features, test_features, k)
+        share.append(100 * (train_labels[neighbours] == test_labels[:, None]).double().mean().item())
+        found.append(neighbours[rows])
+    found = torch.stack(found)
+    pictures = thumbnails(train_images[found.flatten().numpy()], NEIGHBOUR_SIDE)
+    return {"encoders": np.array(list(features)), "share": np.array(share, np.float32), "tests": np.array(len(test_labels), np.int32),
+            "rows": rows.numpy().astype(np.int32), "labels": test_labels[rows].numpy().astype(np.int32), "names": class_names(classes, test_labels[rows]),
+            "images": thumbnails(test_images[rows.numpy()], NEIGHBOUR_SIDE), "neighbour_rows": found.numpy().astype(np.int32),
+            "neighbour_labels": train_labels[found].numpy().astype(np.int32), "neighbour_images": pictures.reshape(*found.shape, *pictures.shape[1:])}
+
+
+def neighbours_figure(data: Mapping[str, np.ndarray]) -> Figure:
+    """Of `neighbours_data`: a block for each encoder, in it each test image with its neighbours; one of another class is dashed and crossed."""
+    encoders, share, images, labels, names = (data[name] for name in ("encoders", "share", "images", "labels", "names"))
+    pictures, found = data["neighbour_images"], data["neighbour_labels"]
+    k, lines = found.shape[2], math.ceil(len(images) / 2)
+    width, height = 1.25 + 1.1 * k + 0.5, 1.48  # of a test image with its neighbours, in tiles
+    inch = 7.8 / (2 * width - 0.6)
+    figure = Figure(figsize=(8, 0.35 + len(encoders) * (0.5 + inch * height * lines)), layout="constrained")
+    for e, axes in enumerate(figure.subplots(len(encoders), 1, squeeze=False)[:, 0]):
+        for i, name in enumerate(names):
+            x, y = width * (i // lines), height * (i % lines)
+            axes.text(x, y - 0.1, short(name, 40), fontsize=9, va="bottom", parse_math=False)
+            tile(axes, images[i], x, y)
+            for j in range(k):
+                framed_tile(axes, pictures[e, i, j], x + 1.25 + 1.1 * j, y, right=found[e, i, j] == labels[i])
+        axes.set(xlim=(-0.05, 2 * width - 0.55), ylim=(height * lines - 0.2, -0.42))
+        bare(axes)
+        axes.set_title(f"{encoders[e]}: {share[e]:.1f} % of the {k} nearest training images are of the test image's class", fontsize=10, loc="left",
+                       fontweight="bold", parse_math=False)
+    frames = [Rectangle((0, 0), 1, 1, fill=False, **frame(right)) for right in (True, False)]
+    cross = Line2D([], [], linestyle="none", marker="X", markersize=8, color=WRONG, markeredgecolor="white", markeredgewidth=0.8)
+    figure.legend([frames[0], (frames[1], cross)], ["of the class", "of another class"], loc="outside lower center", ncols=2, frameon=False,
+                  title=f"test image, then its neighbours, the nearest first; percentages over {int(data['tests']):,} test images")
+    return figure
+
+
+def embedding_data(features: Mapping[str, torch.Tensor], labels: torch.Tensor, classes: Sequence[str], seed: int,
+                   count: int = 2000) -> dict[str, np.ndarray]:
+    """A map in two dimensions of the features (m, D) of each encoder: t-SNE of the L2-normalised features, from their principal components.
+
+    Of up to `count` labelled images drawn at random, the same for all encoders; of more than ten classes ten are drawn. Returns, for E encoders:
+    encoders (E,), their names; points float16 (E, n, 2); rows int32 (n,), ascending; labels int16 (n,), as positions in classes (at most 10,).
+    Raises UserError where scikit-learn is missing, or for fewer than 5 images.
+    """
+    try:
+        from sklearn.manifold import TSNE  # an optional extra: nothing else needs it
+    except ImportError:
+        raise utils.UserError("the map of the features needs scikit-learn, which is not installed: pip install scikit-learn") from None
+    random = utils.generator(seed, "embedding")
+    kept = labels[labels >= 0].unique()
+    kept = kept[torch.randperm(len(kept), generator=random)[:len(CLASS_COLOURS)]].sort().values
+    rows = torch.isin(labels, kept).nonzero().flatten()
+    rows = rows[torch.randperm(len(rows), generator=random)[:count]].sort().values
+    kept = labels[rows].unique()  # of a rare class perhaps no image was drawn
+    if len(rows) < 5:
+        raise utils.UserError(f"{len(rows)} labelled test images are too few for a map of the features: 5 are needed")
+    points = []
+    for values in features.values():
+        tsne = TSNE(init="pca", perplexity=min(30, (len(rows) - 1) / 3), random_state=seed)
+        points.append(tsne.fit_transform(F.normalize(values[rows].float(), dim=1).numpy()))
+    return {"encoders": np.array(list(features)), "points": np.stack(points).astype(np.float16), "rows": rows.numpy().astype(np.int32),
+            "labels": torch.searchsorted(kept, labels[rows]).numpy().astype(np.int16), "classes": class_names(classes, kept)}
+
+
+def embedding_figure(data: Mapping[str, np.ndarray]) -> Figure:
+    """Of `embedding_data`: a panel for each encoder, a point for each image, the names of the classes at their medians."""
+    encoders, points, labels = data["encoders"], data["points"].astype(np.float32), data["labels"]
+    names, panels = [short(name, 15) for name in data["classes"]], len(encoders)
+    points -= (points.max(axis=1, keepdims=True) + points.min(axis=1, keepdims=True)) / 2
+    width = 8 if panels > 1 else 6
+    columns = min(5, int(width / (0.5 + 0.085 * max(map(len, names)))))  # of the legend, whose entries are about so wide, in inches
+    figure = Figure(figsize=(width, 0.55 + 0.18 * math.ceil(len(names) / columns) + 7.8 / max(1.4, panels)), layout="constrained")
+    for e, axes in enumerate(figure.subplots(1, panels, squeeze=False)[0]):
+        marks = [axes.scatter(*points[e, labels == c].T, s=12, color=CLASS_COLOURS[c], marker=CLASS_MARKERS[c], alpha=0.75, linewidths=0)
+                 for c in range(len(names))]
+        reach = 1.04 * np.abs(points[e]).max()
+        axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
+        axes.spines[:].set_color("0.8")
+        axes.set_title(str(encoders[e]), parse_math=False)
+    legend = figure.legend(marks, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, markerscale=2, handletextpad=0.2,
+                           title=f"t-SNE of the features of {len(labels):,} test images; distances have no unit")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    for e, axes in enumerate(figure.axes):
+        label_places(figure, axes, np.stack([np.median(points[e, labels == c], axis=0) for c in range(len(names))]), names)
+    return figure
+
+
+def filters_data(weights: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """First-layer filters (F, 3, k, k) of each encoder: encoders (E,), filters uint8 (E, F, 3, k, k), 128 for weight 0, each with its own scale."""
+    filters = []
+    for name, weight in weights.items():
+        if weight.ndim != 4 or weight.shape[1] != 3:
+            raise ValueError(f"the filters of {name!r} are {tuple(weight.shape)}, they must be (F, 3, k, k)")
+        weight = weight.detach().float().cpu()
+        largest = weight.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-20)  # a filter of zeros is grey
+        filters.append((128 + 127 * weight / largest).round().to(torch.uint8).numpy())
+    return {"encoders": np.array(list(weights)), "filters": np.stack(filters)}
+
+
+def filters_figure(data: Mapping[str, np.ndarray]) -> Figure:
+    """Of `filters_data`: a panel for each encoder, the filters as tiles, row by row."""
+    filters = data["filters"]
+    panels, count, _, k, _ = filters.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(8 if panels > 1 else 5, 0.7 + 7.6 / max(1.6, panels) * rows / columns), layout="constrained")
+    for e, axes in enumerate(figure.subplots(1, panels, squeeze=False)[0]):
+        for i, picture in enumerate(filters[e]):
+            tile(axes, picture, 1.1 * (i % columns), 1.1 * (i // columns))
+        axes.set(xlim=(-0.05, 1.1 * columns - 0.05), ylim=(1.1 * rows - 0.05, -0.05))
+        bare(axes)
+        axes.set_title(str(data["encoders"][e]), parse_math=False)
+    figure.supxlabel(f"the {count} filters of the first layer, {k} × {k} px; mid grey: weight 0", fontsize=10)
+    return figure
+
+
+def of_different_classes(labels: torch.Tensor, count: int, random: torch.Generator) -> torch.Tensor:
+    """Rows of `count` images drawn at random, no class twice before each has one, in the order of their classes."""
+    first, more, seen = [], [], set()
+    order = torch.randperm(len(labels), generator=random)
+    for row, label in zip(order.tolist(), labels[order].tolist()):
+        (more if label in seen else first).append(row)
+        seen.add(label)
+    return torch.tensor(sorted((first + more)[:count], key=lambda row: int(labels[row])), dtype=torch.long)
+
+
+def nearest(train_features: torch.Tensor, test_features: torch.Tensor, k: int) -> torch.Tensor:
+    """The k nearest by cosine of the training features (n, D) to each test feature (m, D): rows (m, k), the nearest first; in blocks of test features."""
+    bank = F.normalize(train_features.float(), dim=1)
+    blocks = test_features.float().split(max(1, evaluate.BLOCK // len(bank)))
+    return torch.cat([(F.normalize(block, dim=1) @ bank.T).topk(k, dim=1).indices for block in blocks])
+
+
+def thumbnails(images: torch.Tensor | np.ndarray, side: int) -> np.ndarray:
+    """Images uint8 (n, C, S, S) of at most `side` px."""
+    images = torch.as_tensor(images)
+    return (TF.resize(images, [side, side], antialias=True) if images.shape[-1] > side else images).contiguous().numpy()
+
+
+def class_names(classes: Sequence[str], labels: torch.Tensor) -> np.ndarray:
+    """The names of the labels (n,), "" for -1, as an array of text, which needs no pickle."""
+    return np.array([classes[label] if label >= 0 else "" for label in labels.tolist()], dtype=np.str_)
+
+
+def short(name: str, length: int) -> str:
+    return name if len(name) <= length else name[:length - 1] + "…"
+
+
+def tile(axes: Axes, picture: np.ndarray, x: float, y: float, aspect: float = 1.0) -> None:
+    """Draw uint8 (1 or 3, S, S) in the unit square whose upper left corner is (x, y), as wide and high as its `aspect` allows."""
+    width, height = min(1.0, aspect), min(1.0, 1 / aspect)
+    left, top = x + (1 - width) / 2, y + (1 - height) / 2
+    axes.imshow(np.broadcast_to(picture.transpose(1, 2, 0), (*picture.shape[1:], 3)), extent=(left, left + width, top + height, top))
+
+
+def framed_tile(axes: Axes, picture: np.ndarray, x: float, y: float, right: bool) -> None:
+    """A tile with a frame that says whether it is right, in colour, line and by a cross."""
+    tile(axes, picture, x, y)
+    axes.add_patch(Rectangle((x, y), 1, 1, fill=False, **frame(right)))
+    if not right:
+        axes.plot(x + 0.86, y + 0.14, marker="X", markersize=8, color=WRONG, markeredgecolor="white", markeredgewidth=0.8)
+
+
+def frame(right: bool) -> dict[str, Any]:
+    return {"edgecolor": RIGHT if right else WRONG, "linestyle": "-" if right else (0, (2, 1)), "linewidth": 1.8}
+
+
+def bare(axes: Axes) -> None:
+    """Axes that only place tiles: no frame, no ticks; names of columns stand above."""
+    axes.set_aspect("equal")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.set(xticks=[], yticks=[])
+
+
+def label_places(figure: Figure, axes: Axes, centres: np.ndarray, names: Sequence[str]) -> None:
+    """Write names at points (n, 2) of the axes, or beside them where they would cover each other."""
+    style = {"fontsize": 8, "fontweight": "bold", "ha": "center", "va": "center", "parse_math": False, "clip_on": True}
+    texts = [axes.text(*centre, name, path_effects=[withStroke(linewidth=2.5, foreground="white")], **style) for centre, name in zip(centres, names)]
+    figure.draw_without_rendering()  # only now the layout says how large a text is on its axes
+    to_axes = axes.transData.inverted()
+    boxes = [text.get_window_extent().transformed(to_axes) for text in texts]
+    low, high = np.array([axes.get_xlim(), axes.get_ylim()]).T
+    places = apart(centres, np.array([[1.08 * box.width, 1.25 * box.height] for box in boxes]), low, high)
+    for text, place in zip(texts, places):
+        text.set_position(place)
+
+
+def apart(centres: np.ndarray, sizes: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Centres (n, 2) of boxes of sizes (n, 2), moved by little until no two overlap, within low (2,) and high (2,)."""
+    places = np.array(centres, dtype=np.float64)
+    for _ in range(1000):
+        still = True
+        for i, j in combinations(range(len(places)), 2):
+            between = places[j] - places[i]
+            overlap = (sizes[i] + sizes[j]) / 2 - np.abs(between)
+            axis = int(overlap.argmin())
+            if overlap[axis] > 1e-6 * sizes.max():
+                push = overlap[axis] / 2 * (1 if between[axis] >= 0 else -1)
+                places[i, axis] -= push
+                places[j, axis] += push
+                still = False
+        places = places.clip(low + sizes / 2, high - sizes / 2)
+        if still:
+            break
+    return places
+
 
 
 if __name__ == "__main__":
