@@ -1,11 +1,12 @@
-# make demo   see MoCo learn, on the built-in data        make test   run the tests
+# make demo      see MoCo learn, on the built-in data       make claims DATA=ROOT/fashion-mnist   the experiment M0 to M3: about two hours on two cores
+# make figures   redraw img/ from img/data/                 make test                             run the tests
 # Each creates .venv and installs what it needs; `make demo PYTHON=python3.12` chooses the interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python
 
-.PHONY: demo test clean
+.PHONY: demo claims figures test clean
 
 demo: .venv/installed
 	@start=$$(date +%s) && \
@@ -14,6 +15,13 @@ demo: .venv/installed
 	$(RUN) test.py --preset demo --encoder random && \
 	$(RUN) visualize.py --preset demo && \
 	echo "demo     $$(( $$(date +%s) - start )) s without the installation"
+
+claims: .venv/installed
+	@test -n "$(DATA)" || { echo "error: make claims needs Fashion-MNIST: make claims DATA=ROOT/fashion-mnist" >&2; exit 2; }
+	$(RUN) benchmarks/claims.py $(DATA)
+
+figures: .venv/installed
+	$(RUN) visualize.py --redraw
 
 test: .venv/installed-dev
 	$(RUN) -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) -o tmp_path_retention_policy=failed -o tmp_path_retention_count=1

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -360,6 +360,7 @@ class Subject:
     mean: list[float]
     std: list[float]
     record: dict[str, Any]  # what result.json says of it: encoder, arch, checkpoint, epoch, step
+    config: dict[str, Any] = field(default_factory=dict)  # of its training
 
     @property
     def width(self) -> int:
@@ -401,7 +402,7 @@ def load_subject(cfg: SimpleNamespace) -> Subject:
     record = {"encoder": cfg.encoder, "arch": arch, "checkpoint": None if untrained else str(path), "epoch": epoch,
               "step": None if untrained else checkpoint.get("step")}
     return Subject(encoder=model.backbone(encoder), home=home, stem=stem, foreign=cfg.pretrained is not None, found=found,
-                   crop=crop, mean=config["mean"], std=config["std"], record=record)
+                   crop=crop, mean=config["mean"], std=config["std"], record=record, config=config)
 
 
 def read_checkpoint(path: Path, checkpoint: dict[str, Any], arch: str = "auto") -> tuple[nn.Module, model.Found]:

@@ -12,6 +12,7 @@ says how the batch is normalised. `--resume` goes on exactly where the last save
 SIGTERM finish the step and save first.
 """
 
+import importlib.util
 import itertools
 import math
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 import augment
@@ -87,6 +89,7 @@ def train(cfg: SimpleNamespace, launch: parallel.OneDevice, folder: Path, datase
     if launch.rank == 0:
         log = utils.Log(folder / "log.csv", LOG_COLUMNS, step)
         saver = utils.Saver(folder, log, cfg.save_every_minutes, step if checkpoint else None)
+        board = utils.Board(folder, step) if cfg.tensorboard else None
         utils.write_yaml(folder / "config.yaml", cfg)
 
     total = cfg.max_epoch * steps_per_epoch
@@ -134,6 +137,8 @@ def train(cfg: SimpleNamespace, launch: parallel.OneDevice, folder: Path, datase
             if launch.rank == 0:
                 log.add(row)
                 report(row, cfg, total)
+                if board is not None:
+                    show(board, row, batch, (im_q, im_k), monitor if watched else None, cfg)
             meter.reset()
         if keep or stopped or due:
             content = snapshot(cfg, step, steps_per_epoch, moco, optimizer, meter, len(dataset), folder)
@@ -176,6 +181,8 @@ def set_up(cfg: SimpleNamespace, launch: parallel.OneDevice,
         raise UserError(f"--batch_size {cfg.batch_size} is larger than the data set ({len(dataset)} images)")
     if cfg.shuffle_bn and cfg.bn_groups == 1 and launch.rank == 0:
         print("warning: --shuffle_bn has no effect with one batch-norm group (--bn_groups 1)", file=sys.stderr)
+    if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard")
     if cfg.compile and launch.devices > launch.processes:
         raise UserError("--compile does not work with nn.DataParallel: start a process for each GPU with torchrun, or leave it out")
     if cfg.pixel_boxes and dataset.native != cfg.resize:
@@ -378,6 +385,23 @@ def announce(cfg: SimpleNamespace, folder: Path, dataset: Any, launch: parallel.
     print(f"run: {folder}", flush=True)
 
 
+def show(board: utils.Board, row: dict[str, float], batch: dataloader.Batch, views: tuple[torch.Tensor, torch.Tensor], monitor: evaluate.Monitor | None,
+         cfg: SimpleNamespace) -> None:
+    """A row of the log for TensorBoard, with a few images and their views, and after a kNN the neighbours and the features."""
+    import visualize  # matplotlib is needed only here
+    step, mean, std = int(row["step"]), *(torch.tensor(values)[:, None, None] for values in (cfg.mean, cfg.std))
+    board.scalars(row)
+    pixels = [(255 * (view[:6].float().cpu() * std + mean)).round().clamp(0, 255).to(torch.uint8).numpy() for view in views]
+    board.figure("views", visualize.views_figure({"images": batch.images[:6].numpy(), "aspect": batch.aspect[:6].numpy(), "query": pixels[0], "key": pixels[1],
+                                                  "names": np.array([""] * len(batch.images[:6]))}), step)
+    if monitor is not None:
+        (bank, voters), (asked, askers) = monitor.parts
+        labels, images = (bank.labels[voters], asked.labels[askers]), (visualize.ImagesOf(bank, voters), visualize.ImagesOf(asked, askers))
+        found = visualize.neighbours_data(images[0], labels[0], images[1], labels[1], {"trained": tuple(monitor.features)}, bank.classes, cfg.seed, k=min(6, len(voters)))
+        board.figure("neighbours", visualize.neighbours_figure(found), step)
+        board.features(monitor.features[1][:2000], [bank.classes[label] for label in labels[1][:2000].tolist()], step)
+
+
 def report(row: dict[str, float], cfg: SimpleNamespace, total: int) -> None:
     left = (total - row["step"]) * cfg.batch_size / row["images_per_second"]
     print(f"epoch {row['epoch']}/{cfg.max_epoch}  step {row['step']}/{total}  loss {row['loss']:.3f}  contrast top-1 {row['contrast_top1']:.1f} %  "
@@ -389,7 +413,7 @@ def finish(folder: Path, cfg: SimpleNamespace, seconds: float, watch: utils.Stop
     """Draw the loss, say where the time went and where everything is."""
     import visualize  # matplotlib is needed only here
     try:
-        figure = visualize.loss_figure({cfg.exp_version: visualize.read_loss(folder)})
+        figure = visualize.loss_figure({cfg.exp_version: [visualize.read_loss(folder)]})
         utils.atomic_write(folder / "loss.png", lambda file: figure.savefig(file, format="png", dpi=120))
         log = utils.read_csv(folder / "log.csv", LOG_COLUMNS)
         if any(not math.isnan(top1) for top1 in log["knn_top1"]):

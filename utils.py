@@ -219,7 +219,7 @@ def load_config(script: str, argv: list[str]) -> SimpleNamespace:
     keys = config_keys(script)
     parser = Parser(prog=f"python {script}.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120))
-    parser.add_argument("--preset", metavar="NAME", help="a named set of values: " + ", ".join(read_yaml(CONFIG_FILE)["presets"]))
+    parser.add_argument("--preset", metavar="NAME", nargs="+", help="named sets of values, a later one wins: " + ", ".join(read_yaml(CONFIG_FILE)["presets"]))
     parser.add_argument("--config", metavar="FILE", help="a YAML file of values, such as the config.yaml of a run")
     for key in keys.values():
         options = {"help": f"{key.help} (default: {' '.join(map(str, key.default)) if key.is_list else key.default})".replace("%", "%%")}
@@ -237,9 +237,10 @@ def load_config(script: str, argv: list[str]) -> SimpleNamespace:
         near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), keys, n=1)
         raise UserError(f"unknown argument {unknown[0]!r}: {f'did you mean --{near[0]}?' if near else 'see --help'}")
     flags = {name: _from_text(keys[name], value) for name, value in vars(given).items() if name in keys}
-    layers = [_preset(given.preset) if "preset" in given else {}, _mapping(given.config) if "config" in given else {}, flags]
+    layers = [(_preset(name), "preset") for name in getattr(given, "preset", [])]
+    layers += [(_mapping(given.config) if "config" in given else {}, "config"), (flags, "flag")]
     values = {name: key.default for name, key in keys.items()}
-    for layer, source in zip(layers, ("preset", "config", "flag")):
+    for layer, source in layers:
         _refuse_unknown(layer, source)
         values |= {name: value for name, value in layer.items() if name in keys}
     return SimpleNamespace(**{name: keys[name].accepts(value) for name, value in values.items()})
@@ -427,7 +428,7 @@ def prepare_run_folder(folder: Path, lock: FolderLock, resume: bool, overwrite: 
             raise UserError(f"{str(folder)!r} holds an earlier run: continue it with --resume, replace it with --overwrite, "
                             "or name another --exp_version")
         if overwrite:  # the checkpoints first: a run that has none is begun anew
-            for name in ("checkpoints", "eval", "loss.png", "knn.png", "config.yaml", "log.csv"):
+            for name in ("checkpoints", "eval", "tensorboard", "loss.png", "knn.png", "config.yaml", "log.csv"):
                 _remove(folder / name)
         if not resume:
             _remove(folder / "unreadable.txt")
@@ -681,6 +682,27 @@ class Stopwatch:
         self._laps = self._laps[-1:]
         self.total = {name: self.total.get(name, 0.0) + spent.get(name, 0.0) for name in {**self.total, **spent}}
         return spent
+
+
+class Board:
+    """TensorBoard's files in a run's folder. What was logged after `step` by a run that is resumed there goes."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # an optional extra
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+
+    def scalars(self, row: dict[str, float]) -> None:
+        for name, value in row.items():
+            if name != "step" and not math.isnan(value):
+                self.writer.add_scalar(name, value, int(row["step"]))
+        self.writer.flush()
+
+    def figure(self, name: str, figure: Any, step: int) -> None:
+        self.writer.add_figure(name, figure, step)
+
+    def features(self, features: torch.Tensor, labels: list[str], step: int) -> None:
+        """Features (n, D) for the projector."""
+        self.writer.add_embedding(features, metadata=labels, global_step=step, tag="features")
 
 
 class StopSignal:

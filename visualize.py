@@ -1,16 +1,25 @@
-"""Draw what the runs did: loss, accuracy per version, accuracy per pretraining epoch.
+"""Draw what the runs did, and what their encoders see.
 
     python visualize.py --dataset_root=ROOT/STL-10 --multiple_encoder_exp_version M1 M2 M3
     python visualize.py --dataset_root=ROOT/STL-10 --encoder_exp_version M3 --multiple_pretrained_epoch 20 40 60
+    python visualize.py --dataset_root=ROOT/STL-10 --multiple_encoder_exp_version M1 M3 --seeds 0 1     runs M1-seed0, M1-seed1, M3-seed0, ...
+    python visualize.py --redraw                                              from img/data alone, which earlier calls left
     python visualize.py --help                                                every flag with its default
 
-Writes RESULT_PATH/ (default img/): loss.png, accr_model_compare.png, and with --multiple_pretrained_epoch accr_epoch_compare.png.
-Results of test.py with the same settings are used as they are; what is missing is evaluated first, with --trials classifiers.
-Without --dataset_root only results that are there are drawn. The functions take data and return a matplotlib Figure.
+Writes RESULT_PATH/ (default img/): loss.png, accr_model_compare.png, with --multiple_pretrained_epoch accr_epoch_compare.png, and of the last version views.png,
+neighbours.png, embedding.png (with scikit-learn), filters.png; and RESULT_PATH/data/, from which they are drawn. Results of test.py with the same settings
+are used as they are; what is missing is evaluated first, with --trials classifiers. Without --dataset_root only what is there is drawn.
+Every figure is a function that takes data and returns a matplotlib Figure.
 """
 
+import itertools
+import json
 import math
+import re
+import statistics
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +41,7 @@ from torchvision.transforms.v2 import functional as TF
 import augment
 import dataloader
 import evaluate
+import model
 import parallel
 import utils
 
@@ -47,53 +57,156 @@ VIEW_SIDE, NEIGHBOUR_SIDE = 96, 64  # the largest thumbnails that are kept, in p
 
 def main(argv: list[str]) -> None:
     cfg = evaluate.settled(utils.load_config("visualize", argv))
+    results = Path(cfg.result_path)
+    evaluate.check_writable(results, "--result_path")
+    collected = sorted(path.stem for path in (results / "data").glob("*.*") if path.stem in FIGURES) if cfg.redraw else collect(cfg, results / "data")
+    if not collected:
+        raise utils.UserError(f"--redraw finds nothing in {str(results / 'data')!r}: leave it out, so that data are collected")
+    for name, figure in {name: draw(results / "data", name) for name in collected}.items():  # written when nothing can fail any more
+        write_figure(results / FIGURES[name], figure)
+    print(f"written  {results}/{', '.join(FIGURES[name] for name in collected)}")
+
+
+# what is collected, and the figure that is drawn from it
+FIGURES = {"loss": "loss.png", "versions": "accr_model_compare.png", "epochs": "accr_epoch_compare.png", "views": "views.png", "neighbours": "neighbours.png",
+           "embedding": "embedding.png", "filters": "filters.png"}
+PICTURE_TRAIN, PICTURE_TEST = 10_000, 2_000  # images among which neighbours are looked for, and that are drawn as points
+
+
+def collect(cfg: SimpleNamespace, where: Path) -> list[str]:
+    """Everything that the figures show, left in the folder `where`; evaluates what is missing. Returns the names. UserError before any work for what is not there."""
     if cfg.pretrained is not None or cfg.encoder == "random":
         flag = "--encoder random" if cfg.encoder == "random" else f"--pretrained {cfg.pretrained!r}"
         raise utils.UserError(f"{flag} is for test.py: name runs with --multiple_encoder_exp_version")
     launch = utils.checked(parallel.launch, cfg.device)
     if launch.processes > 1:
         raise utils.UserError("visualize.py runs as one process: evaluate with torchrun and test.py first, its results are reused")
+    wanted = set(cfg.figures) if "all" not in cfg.figures else {"loss", "accuracy", "views", "neighbours", "embedding", "filters"}
     versions = [cfg.encoder_exp_version] if cfg.multiple_encoder_exp_version == ["auto"] else list(dict.fromkeys(cfg.multiple_encoder_exp_version))
     epochs = [] if "none" in cfg.multiple_pretrained_epoch else sorted(set(cfg.multiple_pretrained_epoch))
-    runs = {version: utils.run_folder(cfg.encoder_output_root, cfg.encoder_dataset_name, version) for version in versions}
+    root = utils.run_folder(cfg.encoder_output_root, cfg.encoder_dataset_name, versions[0]).parent
     for version, epoch in [(v, cfg.load_pretrained_epoch) for v in versions] + [(cfg.encoder_exp_version, e) for e in epochs]:
-        utils.checkpoint_path(utils.run_folder(cfg.encoder_output_root, cfg.encoder_dataset_name, version), epoch)  # all errors before any work
-    logs = {version: read_loss(folder) for version, folder in loss_runs(cfg, runs).items()}
+        for run in runs_of(version, cfg):
+            utils.checkpoint_path(utils.run_folder(cfg.encoder_output_root, cfg.encoder_dataset_name, run), epoch)
+    logs = {version: [read_loss(root / run) for run in runs_of(version, cfg)] for version in loss_versions(cfg, root, versions)}
     if cfg.download and cfg.dataset_root is not None:
         dataloader.open_dataset(cfg.dataset_root, "train", view="center", resize="auto", crop=8, download=True)
     dataset = None if cfg.dataset_root is None else evaluate.data_name(cfg.dataset_root)
-    results = Path(cfg.result_path)
-    evaluate.check_writable(results, "--result_path")
 
-    found = {version: accuracy_of(cfg, launch, version, cfg.load_pretrained_epoch, dataset) for version in versions}
-    found_epochs = {epoch: accuracy_of(cfg, launch, cfg.encoder_exp_version, epoch, dataset) for epoch in epochs}
-    untrained = random_result(runs, found)
-    curves = {version: accuracy for version, (_, accuracy) in found.items()}
-    figures = {"loss.png": loss_figure(logs),
-               "accr_model_compare.png": accuracy_by_version_figure(curves, untrained[1] if untrained else None, one_dataset(found))}
-    if epochs:
-        curves = {epoch: accuracy for epoch, (_, accuracy) in found_epochs.items()}
-        figures["accr_epoch_compare.png"] = accuracy_by_epoch_figure(curves, f"{cfg.encoder_exp_version} on {one_dataset(found_epochs)}")
-    for name, figure in figures.items():  # last, when nothing can fail any more
-        write_figure(results / name, figure)
-    print(summary(found, untrained))
-    print(f"written  {results}/{', '.join(figures)}")
+    data: dict[str, Any] = {}
+    if "loss" in wanted:
+        data["loss"] = {version: [{"step": list(map(int, log["step"])), "loss": [round(loss, 4) for loss in log["loss"]]} | ({"chance": log["chance"]} if "chance" in log else {})
+                                  for log in runs] for version, runs in logs.items()}
+    if "accuracy" in wanted:
+        found = {version: [accuracy_of(cfg, launch, run, cfg.load_pretrained_epoch, dataset) for run in runs_of(version, cfg)] for version in versions}
+        found_epochs = {epoch: [accuracy_of(cfg, launch, run, epoch, dataset) for run in runs_of(cfg.encoder_exp_version, cfg)] for epoch in epochs}
+        untrained = random_results(cfg, root, versions, next(iter(found.values()))[0][0])
+        spread = "seed" if len(runs_of(versions[0], cfg)) > 1 else "trial"
+        table = {version: [row_of(result, root / run) for (result, _), run in zip(results, runs_of(version, cfg))] for version, results in found.items()}
+        table |= {"untrained": [row_of(result) for result, _ in untrained]} if untrained else {}
+        data["versions"] = {"dataset": one_dataset(found), "spread": spread, "accuracy": {version: pooled(results) for version, results in found.items()},
+                            "untrained": pooled(untrained) if untrained else None, "table": table}
+        if epochs:
+            data["epochs"] = {"name": f"{cfg.encoder_exp_version} on {one_dataset(found_epochs)}", "spread": spread,
+                              "accuracy": {str(epoch): pooled(results) for epoch, results in found_epochs.items()}}
+        print(summary(table))
+    data |= picture_data(cfg, runs_of(versions[-1], cfg)[0], wanted, launch)
+    for name, content in data.items():
+        write_data(where, name, content)
+    return list(data)
+
+
+def draw(where: Path, name: str) -> Figure:
+    """A figure from what `collect` left in a folder."""
+    if (where / f"{name}.npz").exists():
+        pictures = {"views": views_figure, "neighbours": neighbours_figure, "embedding": embedding_figure, "filters": filters_figure}
+        with np.load(where / f"{name}.npz") as data:
+            return pictures[name](dict(data))
+    data = utils.read_json(where / f"{name}.json")
+    if data is None:
+        raise utils.UserError(f"{str(where / name)}.json is gone or damaged: draw without --redraw")
+    if name == "loss":
+        return loss_figure(data)
+    accuracies = {key: torch.tensor(values, dtype=torch.float64) for key, values in data["accuracy"].items()}
+    if name == "epochs":
+        return accuracy_by_epoch_figure({int(epoch): accuracy for epoch, accuracy in accuracies.items()}, data["name"], data["spread"])
+    random = None if data["untrained"] is None else torch.tensor(data["untrained"], dtype=torch.float64)
+    return accuracy_by_version_figure(accuracies, random, data["dataset"], data["spread"])
+
+
+def write_data(where: Path, name: str, content: Any) -> None:
+    """Arrays as NAME.npz, all else as NAME.json, in which a list of numbers takes one line."""
+    if all(isinstance(value, np.ndarray) for value in content.values()):
+        utils.atomic_write(where / f"{name}.npz", lambda file: np.savez_compressed(file, **content))
+        return
+    text = re.sub(r"\[\s+([^\[\]{}\"]*?)\s+\]", lambda numbers: "[" + re.sub(r"\s+", " ", numbers[1]) + "]", json.dumps(content, indent=1))
+    utils.atomic_write(where / f"{name}.json", lambda file: file.write((text + "\n").encode()))
 
 
 # ------------------------------------------------------------------------------------------------------------- where data comes from
 
-def loss_runs(cfg: SimpleNamespace, runs: dict[str, Path]) -> dict[str, Path]:
-    """The runs whose loss is drawn: those asked for, or the compared ones and M0 where it exists."""
-    root = next(iter(runs.values())).parent
-    if cfg.loss_exp_version != ["auto"]:
-        chosen = {version: root / version for version in cfg.loss_exp_version}
-    else:
-        chosen = ({"M0": root / "M0"} if (root / "M0" / "log.csv").exists() else {}) | runs
-    for version, folder in chosen.items():
+def runs_of(version: str, cfg: SimpleNamespace) -> list[str]:
+    """The runs that a version stands for: itself, or one for each of --seeds."""
+    return [version] if "none" in cfg.seeds else [f"{version}-seed{seed}" for seed in cfg.seeds]
+
+
+def loss_versions(cfg: SimpleNamespace, root: Path, versions: list[str]) -> list[str]:
+    """The versions whose loss is drawn: those asked for, or the compared ones and M0 where it exists."""
+    there = all((root / run / "log.csv").exists() for run in runs_of("M0", cfg))
+    chosen = cfg.loss_exp_version if cfg.loss_exp_version != ["auto"] else (["M0"] if there else []) + versions
+    for folder in (root / run for version in chosen for run in runs_of(version, cfg)):
         if not (folder / "log.csv").exists():
             there = ", ".join(sorted(path.parent.name for path in root.glob("*/log.csv"))) or "none"
-            raise utils.UserError(f"--loss_exp_version {version!r}: {str(folder)!r} has no log.csv; runs with one: {there}")
-    return chosen
+            raise utils.UserError(f"--loss_exp_version {folder.name!r}: {str(folder)!r} has no log.csv; runs with one: {there}")
+    return list(dict.fromkeys(chosen))
+
+
+def picture_data(cfg: SimpleNamespace, run: str, wanted: set[str], launch: parallel.OneDevice) -> dict[str, dict[str, np.ndarray]]:
+    """What the figures of images, features and filters of a run show, beside its untrained encoder; without a data set the filters alone."""
+    cfg = SimpleNamespace(**vars(cfg) | {"encoder_exp_version": run, "precision": utils.checked(parallel.pick_precision, cfg.precision, launch.device)})
+    subject = evaluate.load_subject(cfg)
+    subjects = {"trained": subject, "untrained": replace(subject, encoder=model.backbone(evaluate.untrained_encoder(subject.record["arch"], subject.config)))}
+    data = {"filters": filters_data({name: each.encoder.conv1.weight for name, each in subjects.items()})} if "filters" in wanted else {}
+    if cfg.dataset_root is None:
+        return data
+    if "views" in wanted:
+        config = subject.config
+        square = dataloader.open_dataset(cfg.dataset_root, "train", view="square", resize="auto", crop=config["crop"])
+        recipe = augment.recipe("v2" if config["aug_plus"] else "v1", config["crop"], scale=tuple(config["crop_scale"]), grayscale=config["grayscale"],
+                                mean=tuple(config["mean"]), std=tuple(config["std"]))
+        data["views"] = views_data(square, recipe, cfg.seed)
+    if not wanted & {"neighbours", "embedding"}:
+        return data
+    parts = {split: dataloader.open_dataset(cfg.dataset_root, split, view="center", resize=cfg.resize, crop=subject.crop) for split in ("train", "test")}
+    rows = {split: torch.randperm(len(part), generator=utils.generator(cfg.seed, f"pictures {split}"))[:count].sort().values
+            for (split, part), count in zip(parts.items(), (PICTURE_TRAIN, PICTURE_TEST))}
+    features = {}
+    for name, each in subjects.items():
+        each.encoder.to(device=launch.device, dtype=parallel.precision_dtype(cfg.precision), memory_format=torch.channels_last)
+        launch.wrap(each.encoder.requires_grad_(False))
+        features[name] = tuple(evaluate.dataset_features(cfg, each, part, launch, rows[split])[0][0] for split, part in parts.items())
+    labels = {split: part.labels[rows[split]] for split, part in parts.items()}
+    if "neighbours" in wanted:
+        data["neighbours"] = neighbours_data(ImagesOf(parts["train"], rows["train"]), labels["train"], ImagesOf(parts["test"], rows["test"]), labels["test"],
+                                             features, parts["train"].classes, cfg.seed, k=min(6, len(rows["train"])))
+    if "embedding" in wanted:
+        try:
+            data["embedding"] = embedding_data({name: test for name, (_, test) in features.items()}, labels["test"], parts["test"].classes, cfg.seed)
+        except utils.UserError as error:
+            if "all" not in cfg.figures:
+                raise
+            print(f"note: embedding.png is left out: {error}", file=sys.stderr)
+    return data
+
+
+class ImagesOf:
+    """Some images of a data set, read when they are asked for by their places (an array)."""
+
+    def __init__(self, dataset: Any, rows: torch.Tensor) -> None:
+        self.dataset, self.rows = dataset, rows
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        return self.dataset.fetch(self.rows[torch.as_tensor(places)]).images.numpy()
 
 
 def read_loss(folder: Path) -> dict[str, Any]:
@@ -147,27 +260,47 @@ def read_accuracy(path: Path) -> torch.Tensor:
     return torch.tensor(table["top1"]).view(int(max(table["trial"])), -1)
 
 
-def random_result(runs: dict[str, Path], found: Mapping[str, tuple[dict[str, Any], torch.Tensor]]) -> tuple[dict[str, Any], torch.Tensor] | None:
-    """An untrained encoder's result and accuracy (trials, epochs), measured as the others were, from the first run that has one."""
-    reference = next(iter(found.values()))[0]
-    for folder in (path.parent for run in runs.values() for path in sorted(run.glob("eval/random*/result.json"))):
-        result = evaluate.read_result(folder)
-        if result and evaluate.same_measure(result, reference):
-            return result, read_accuracy(folder / "accuracy.csv")
-    return None
+def random_results(cfg: SimpleNamespace, root: Path, versions: list[str], reference: dict[str, Any]) -> list[tuple[dict[str, Any], torch.Tensor]]:
+    """Untrained encoders' results and accuracies (trials, epochs), measured as `reference` was: of each seed from the first version that has one."""
+    found = []
+    for runs in zip(*(runs_of(version, cfg) for version in versions)):
+        paths = [path.parent for run in runs for path in sorted((root / run).glob("eval/random*/result.json"))]
+        fitting = [folder for folder in paths if (result := evaluate.read_result(folder)) and evaluate.same_measure(result, reference)]
+        found += [(evaluate.read_result(fitting[0]), read_accuracy(fitting[0] / "accuracy.csv"))] if fitting else []
+    return found if len(found) == len(runs_of(versions[0], cfg)) else []
 
 
-def summary(found: Mapping[str, tuple[dict[str, Any], torch.Tensor]], untrained: tuple[dict[str, Any], torch.Tensor] | None) -> str:
-    """kNN and linear accuracy of each version, as aligned lines."""
-    named = ({"untrained": untrained} if untrained else {}) | dict(found)
-    lines = [f"{'top-1 (%)':<16} {'kNN':>7} {'linear':>7}"]
-    lines += [f"{name:<16} {result['knn_top1']:>7.2f} {result['linear_top1']:>7.2f}" for name, (result, _) in named.items()]
-    return "\n".join(lines)
+def pooled(results: Sequence[tuple[dict[str, Any], torch.Tensor]]) -> list[list[float]]:
+    """Accuracies (trials, epochs) of one run as they are; of several seeds the mean over the trials of each: (seeds, epochs)."""
+    curves = results[0][1] if len(results) == 1 else torch.stack([accuracy.double().mean(dim=0) for _, accuracy in results])
+    return [[round(top1, 4) for top1 in curve] for curve in curves.tolist()]
 
 
-def one_dataset(found: Mapping[Any, tuple[dict[str, Any], torch.Tensor]]) -> str:
+def row_of(result: dict[str, Any], run: Path | None = None) -> dict[str, Any]:
+    """A run's numbers: loss and contrast accuracy are means over its last epoch; minutes, the time of its steps."""
+    row = {"knn_top1": round(result["knn_top1"], 2), "linear_top1": round(result["linear_top1"], 2), "commit": result["provenance"]["commit"]}
+    if run is not None and {"epoch", "contrast_top1", "images_per_second"} <= (log := utils.read_csv(run / "log.csv", ("step", "loss"))).keys():
+        last = [i for i, epoch in enumerate(log["epoch"]) if epoch == log["epoch"][-1]]
+        row |= {name: round(statistics.fmean(log[column][i] for i in last), 3) for name, column in (("loss", "loss"), ("contrast_top1", "contrast_top1"))}
+        config = utils.read_yaml(run / "config.yaml") if (run / "config.yaml").exists() else {}
+        seconds = sum((step - before) * config.get("batch_size", 0) / rate for step, before, rate in zip(log["step"], [0, *log["step"]], log["images_per_second"]))
+        row["minutes"] = round(seconds / 60, 1)
+    return row
+
+
+def summary(table: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The runs' numbers, mean ± sample deviation over seeds, as aligned lines; kNN and linear accuracy in percent."""
+    columns = {"kNN": "knn_top1", "linear": "linear_top1", "loss": "loss", "contrast top-1": "contrast_top1", "minutes": "minutes"}
+    lines = [f"{'':<12}" + "".join(f"{name:>16}" for name in columns)]
+    for version, rows in sorted(table.items(), key=lambda item: item[0] != "untrained"):
+        cells = [[row[key] for row in rows if key in row] for key in columns.values()]
+        lines.append(f"{version:<12}" + "".join(f"{f'{statistics.fmean(cell):.2f}' + (f' ± {statistics.stdev(cell):.2f}' if len(cell) > 1 else '') if cell else '':>16}" for cell in cells))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def one_dataset(found: Mapping[Any, Sequence[tuple[dict[str, Any], torch.Tensor]]]) -> str:
     """The data set of all results of a figure; UserError if they differ."""
-    names = sorted({result["dataset"] for result, _ in found.values()})
+    names = sorted({result["dataset"] for results in found.values() for result, _ in results})
     if len(names) > 1:
         raise utils.UserError(f"the stored results are of different data sets ({', '.join(names)}): give --dataset_root")
     return names[0]
@@ -185,8 +318,8 @@ def write_figure(path: Path, figure: Figure) -> None:
 
 # --------------------------------------------------------------------------------------------------------------------------- figures
 
-def loss_figure(logs: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Contrastive loss over steps, a panel for each version, one y axis; dashed: the loss at chance.
+def loss_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Contrastive loss over steps, a panel for each version with a line for each of its runs, one y axis; dashed: the loss at chance.
 
     A log holds the columns `step` and `loss` and, if known, `chance`. Long logs are drawn pale, with their running mean on top.
     """
@@ -194,17 +327,18 @@ def loss_figure(logs: Mapping[str, Mapping[str, Any]]) -> Figure:
     rows = math.ceil(len(logs) / columns)
     figure = Figure(figsize=(8 if columns > 1 else 6, 0.6 + 2.6 * rows + 0.6 * (columns == 1)), layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
-    chances = {round(log["chance"], 6) for log in logs.values() if "chance" in log}
+    chances = {round(log["chance"], 6) for runs in logs.values() for log in runs if "chance" in log}
     label = "chance, log(K + 1)" + (f" = {chances.copy().pop():.2f}" if len(chances) == 1 else "")
-    for axes, (version, log) in zip(panels, logs.items()):
-        long = len(log["loss"]) > 200
-        colour, unit = colour_of(version, logs), 1000 if max(log["step"], default=0) >= 5000 else 1
-        steps = [step / unit for step in log["step"]]
-        axes.plot(steps, log["loss"], color=colour, linewidth=1 if long else 1.6, alpha=0.3 if long else 1)
-        if long:
-            axes.plot(steps, running_mean(log["loss"], len(log["loss"]) // 80), color=colour, linewidth=1.6)
-        if "chance" in log:
-            axes.axhline(log["chance"], color=GREY, linestyle="--", linewidth=1.2, label=label)
+    for axes, (version, runs) in zip(panels, logs.items()):
+        unit = 1000 if max(max(log["step"], default=0) for log in runs) >= 5000 else 1
+        for log, style in zip(runs, itertools.cycle(["-", ":", "--", "-."])):
+            long, colour = len(log["loss"]) > 200, colour_of(version, logs)
+            steps = [step / unit for step in log["step"]]
+            axes.plot(steps, log["loss"], color=colour, linewidth=1 if long else 1.6, alpha=0.3 / len(runs) if long else 1, linestyle="-" if long else style)
+            if long:
+                axes.plot(steps, running_mean(log["loss"], len(log["loss"]) // 80), color=colour, linewidth=1.6, linestyle=style)
+        if "chance" in runs[0]:
+            axes.axhline(runs[0]["chance"], color=GREY, linestyle="--", linewidth=1.2, label=label)
         axes.set_title(version)
         axes.set_xlabel("step (thousands)" if unit == 1000 else "step")
         tidy(axes, ticks=4 if columns > 2 else 6)
@@ -212,16 +346,19 @@ def loss_figure(logs: Mapping[str, Mapping[str, Any]]) -> Figure:
         axes.remove()
     for axes in panels[:len(logs):columns]:
         axes.set_ylabel("contrastive loss (nats)")
-    with_chance = next((axes for axes, log in zip(panels, logs.values()) if "chance" in log), None)
+    with_chance = next((axes for axes, runs in zip(panels, logs.values()) if "chance" in runs[0]), None)
     if with_chance is not None:
         figure.legend(*with_chance.get_legend_handles_labels(), loc="outside lower center", frameon=False)
+    most = max(map(len, logs.values()))
+    if most > 1:
+        figure.suptitle(f"{most} seeds each", fontsize=10, color=GREY)
     return figure
 
 
-def accuracy_by_version_figure(accuracies: Mapping[str, torch.Tensor], random: torch.Tensor | None = None, dataset: str = "") -> Figure:
+def accuracy_by_version_figure(accuracies: Mapping[str, torch.Tensor], random: torch.Tensor | None = None, dataset: str = "", spread: str = "trial") -> Figure:
     """Test top-1 (percent) over the classifier's epochs, a line for each version: mean and standard deviation of (trials, epochs).
 
-    `random` (trials, epochs) is the untrained encoder's, dashed.
+    `random` (trials, epochs) is the untrained encoder's, dashed; `spread` says what the rows are: trials, or seeds.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
@@ -230,13 +367,13 @@ def accuracy_by_version_figure(accuracies: Mapping[str, torch.Tensor], random: t
     if random is not None:
         draw_curve(axes, random, GREY, "untrained", linestyle="--")
     axes.set(xlabel="epoch of the linear classifier", ylabel=f"test top-1{f' on {dataset}' * bool(dataset)} (%)")
-    axes.set_title(spread_note([*accuracies.values(), *([] if random is None else [random])]), fontsize=10, color=GREY, loc="right")
+    axes.set_title(spread_note([*accuracies.values(), *([] if random is None else [random])], spread), fontsize=10, color=GREY, loc="right")
     tidy(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, title="last epoch")
     return figure
 
 
-def accuracy_by_epoch_figure(accuracies: Mapping[int, torch.Tensor], name: str = "") -> Figure:
+def accuracy_by_epoch_figure(accuracies: Mapping[int, torch.Tensor], name: str = "", spread: str = "trial") -> Figure:
     """Left: top-1 (percent) at the classifier's last epoch over the pretraining epoch, mean and every trial of (trials, epochs).
     Right: over the classifier's epochs, a line for each pretraining epoch."""
     figure = Figure(figsize=(8, 4), layout="constrained")
@@ -250,8 +387,8 @@ def accuracy_by_epoch_figure(accuracies: Mapping[int, torch.Tensor], name: str =
         draw_curve(right, accuracies[epoch], colour, str(epoch))
     left.set(xlabel="epoch of pretraining", ylabel="test top-1 (%)")
     right.set(xlabel="epoch of the linear classifier", ylabel="test top-1 (%)")
-    left.set_title("last epoch of the classifier, every trial", fontsize=10)
-    right.set_title(spread_note(list(accuracies.values())), fontsize=10)
+    left.set_title(f"last epoch of the classifier, every {spread}", fontsize=10)
+    right.set_title(spread_note(list(accuracies.values()), spread), fontsize=10)
     tidy(left, ticks=6)
     if len(epochs) <= 8:
         left.set_xticks(epochs)
@@ -325,11 +462,11 @@ def draw_curve(axes: Axes, accuracy: torch.Tensor, colour: str, label: str, line
     axes.fill_between(epochs, (mean - std).tolist(), (mean + std).tolist(), color=colour, alpha=0.2, linewidth=0)
 
 
-def spread_note(accuracies: Sequence[torch.Tensor]) -> str:
-    trials = sorted({len(accuracy) for accuracy in accuracies})
-    if trials[-1] == 1:
-        return "one trial"
-    return f"mean ± standard deviation, {' to '.join(map(str, sorted({trials[0], trials[-1]})))} trials"
+def spread_note(accuracies: Sequence[torch.Tensor], spread: str = "trial") -> str:
+    counts = sorted({len(accuracy) for accuracy in accuracies})
+    if counts[-1] == 1:
+        return f"one {spread}"
+    return f"mean ± standard deviation, {' to '.join(map(str, sorted({counts[0], counts[-1]})))} {spread}s"
 
 
 def colour_of(version: str, versions: Mapping[str, Any]) -> str:

@@ -49,3 +49,15 @@ def write_fashion_mnist(root: Path, train: int = 40, test: int = 20, gz: bool = 
             data = head + array.tobytes()
             (root / f"{name}-{part}-ubyte{'.gz' if gz else ''}").write_bytes(gzip.compress(data) if gz else data)
     return images
+
+
+def write_cifar10(folder: Path, per_batch: int = 6) -> np.ndarray:
+    """The binary version: six files of records, a label and the three planes; returns the records (36, 3073)."""
+    folder.mkdir(parents=True)
+    random, records = np.random.default_rng(0), []
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        record = random.integers(0, 256, (per_batch, 3073), dtype=np.uint8)
+        record[:, 0] %= 10
+        record.tofile(folder / f"{name}.bin")
+        records.append(record)
+    return np.concatenate(records)

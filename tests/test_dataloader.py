@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from data import pixels, write_fashion_mnist, write_folders, write_stl10
+from data import pixels, write_cifar10, write_fashion_mnist, write_folders, write_stl10
 from PIL import Image, ImageCms, ImageOps
 from torchvision.transforms.v2 import functional as TF
 
@@ -644,18 +644,6 @@ def test_a_batch_moves_as_a_whole() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------------------- CIFAR-10
-
-def write_cifar10(folder: Path, per_batch: int = 6) -> np.ndarray:
-    """The binary version: six files of records, a label and the three planes; returns the records (36, 3073)."""
-    folder.mkdir(parents=True)
-    random, records = np.random.default_rng(0), []
-    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
-        record = random.integers(0, 256, (per_batch, 3073), dtype=np.uint8)
-        record[:, 0] %= 10
-        record.tofile(folder / f"{name}.bin")
-        records.append(record)
-    return np.concatenate(records)
-
 
 @pytest.mark.parametrize("below", ["", "cifar-10-batches-bin"])
 def test_cifar10_in_its_binary_version(tmp_path: Path, below: str):

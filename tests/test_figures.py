@@ -240,7 +240,6 @@ def clusters(per_class: int, classes: int, width: int = 16) -> tuple[torch.Tenso
 
 
 def test_separated_clusters_stay_separated(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
     features, labels = clusters(60, 2)
     mixed = torch.randn(120, 16, generator=torch.Generator().manual_seed(3))
     data = kept(visualize.embedding_data({"trained": features, "untrained": mixed}, labels, ["a", "b"], seed=0, count=100), tmp_path)
@@ -257,7 +256,6 @@ def test_separated_clusters_stay_separated(tmp_path: Path) -> None:
 
 
 def test_embedding_of_many_classes_and_unlabelled_images_keeps_ten() -> None:
-    pytest.importorskip("sklearn")
     features, labels = clusters(3, 14)
     labels[0] = -1
     data = visualize.embedding_data({"one": features}, labels, [f"class {i}" for i in range(14)], seed=0)
@@ -268,7 +266,6 @@ def test_embedding_of_many_classes_and_unlabelled_images_keeps_ten() -> None:
 
 
 def test_a_rare_class_that_is_not_drawn_has_no_name() -> None:
-    pytest.importorskip("sklearn")
     data = visualize.embedding_data({"one": torch.randn(1000, 3)}, torch.tensor([7] * 999 + [0]), list("abcdefgh"), seed=0, count=8)
     assert data["classes"].tolist() == ["h"] and set(data["labels"].tolist()) == {0}
 

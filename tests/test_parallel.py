@@ -34,6 +34,7 @@ JOBS = {
     "v2 shuffled, uneven over 4": (["--batch_size=14", "--bn_groups=4", "--shuffle_bn", "--mlp", "--log_every=1"], (4,)),  # 4, 4, 4, 2
     "v1 shuffled, uneven over 2": (["--batch_size=15", "--bn_groups=2", "--shuffle_bn", "--log_every=1"], (2,)),  # 8, 7
     "v1 random queue": (["--batch_size=16", "--bn_groups=2", "--shuffle_bn", "--queue_init=random", "--log_every=5"], (2,)),
+    "symmetric, with kNN": (["--batch_size=16", "--bn_groups=4", "--shuffle_bn", "--symmetric", "--knn_every=1", "--max_epoch=1", "--log_every=1"], (2,)),
     "broken images": (["--batch_size=100", "--bn_groups=2", "--shuffle_bn", "--queue_init=random", "--max_epoch=1", "--log_every=1", "--crop=16", "--resize=16"], (2,)),
     "float32, one step": (["--batch_size=16", "--bn_groups=4", "--shuffle_bn", "--precision=fp32", "--max_epoch=1", "--num_keys=16", "--log_every=1"], (2, 4)),
     "bfloat16, one step": (["--batch_size=16", "--bn_groups=4", "--shuffle_bn", "--precision=bf16", "--max_epoch=1", "--num_keys=16", "--log_every=1"], (2,)),
@@ -96,8 +97,8 @@ def assert_same_curve(one: Path, other: Path, tolerance: float) -> None:
     """Loss of each row, both encoders with their running statistics, queue, pointer, momentum buffers: relative to each tensor's largest value."""
     logs = [utils.read_csv(folder / "log.csv") for folder in (one, other)]
     assert logs[0]["step"] == logs[1]["step"] and len(logs[0]["step"]) > 0
-    for column in ("loss", "contrast_top1", "lr"):
-        assert logs[0][column] == pytest.approx(logs[1][column], rel=max(tolerance, 1e-9)), column
+    for column in ("loss", "contrast_top1", "lr", "alignment", "uniformity", "effective_rank", "knn_top1"):
+        assert logs[0][column] == pytest.approx(logs[1][column], rel=max(tolerance, 1e-9), nan_ok=True), column
     ends = [utils.load_checkpoint(folder / "checkpoints" / "last.pth.tar") for folder in (one, other)]
     assert ends[0]["step"] == ends[1]["step"] == logs[0]["step"][-1]
     states = [end["state_dict"] | {f"momentum.{i}": s["momentum_buffer"] for i, s in end["optimizer"]["state"].items()} for end in ends]

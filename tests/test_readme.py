@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from data import write_fashion_mnist, write_folders, write_stl10
+from data import write_cifar10, write_fashion_mnist, write_folders, write_stl10
 from scripts import run
 
 import utils
@@ -17,13 +17,13 @@ ROOT = Path(utils.__file__).parent
 SMALL = {"train": ["--arch=resnet18", "--crop=16", "--resize=16", "--feature_dim=8", "--num_keys=32", "--batch_size=16", "--max_epoch=1",
                    "--bn_groups=2", "--num_workers=0", "--device=cpu"],
          "test": ["--linear_epochs=2", "--trials=1", "--num_workers=0", "--device=cpu"],
-         "visualize": ["--linear_epochs=2", "--trials=1", "--num_workers=0", "--device=cpu"]}
+         "export": ["--overwrite"], "visualize": ["--linear_epochs=2", "--trials=1", "--num_workers=0", "--device=cpu"]}
 
 
 def commands() -> list[str]:
     """The commands in the README's code blocks and tables: `python SCRIPT.py ...`, with the flags of continued lines."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    found = re.findall(r"(?:CUDA_VISIBLE_DEVICES=\S+ )?(?:python|torchrun --standalone --nproc_per_node=\d) (?:train|test|visualize)\.py[^`\n|#]*", text)
+    found = re.findall(r"(?:CUDA_VISIBLE_DEVICES=\S+ )?(?:python|torchrun --standalone --nproc_per_node=\d) (?:train|test|visualize|export)\.py[^`\n|#]*", text)
     return list(dict.fromkeys(" ".join(command.split()) for command in found if "--help" not in command and not command.rstrip().endswith(" ...")))
 
 
@@ -42,6 +42,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("readme")
     write_folders(place / "ROOT/ILSVRC/Data/CLS-LOC", classes=2, train=24, test=4, size=16)
     write_stl10(place / "ROOT/STL-10", train=30, test=10, unlabeled=48)
+    (place / "ROOT/STL-10/stl10_binary/fold_indices.txt").write_text("".join(" ".join(map(str, range(i, i + 20))) + "\n" for i in range(10)))
+    write_cifar10(place / "ROOT/cifar-10")
     write_fashion_mnist(place / "ROOT/fashion-mnist", train=48, test=20)
     return place
 
@@ -54,7 +56,7 @@ def torchrun(script: Path, *flags: str) -> subprocess.CompletedProcess:
 
 def test_each_command_works(place: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(place)
-    order = {"train": 0, "test": 1, "visualize": 2}
+    order = {"train": 0, "test": 1, "export": 2, "visualize": 3}
     for command in sorted(commands(), key=lambda c: order[re.search(r"(\w+)\.py", c)[1]]):
         words = [word for word in shlex.split(command) if not word.startswith(("CUDA_VISIBLE_DEVICES", "--standalone", "--nproc_per_node"))]
         script, flags = words[1].removesuffix(".py"), [w.replace("=...", "=ROOT/ILSVRC/Data/CLS-LOC/train") for w in words[2:]]

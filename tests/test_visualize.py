@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
+import utils
 import visualize
 
 
@@ -49,7 +51,7 @@ def no_overlap(figure: Figure) -> None:
 
 def test_loss_panels() -> None:
     logs = {f"M{i}": log(50, start=9 - i) for i in range(4)}
-    figure = visualize.loss_figure(logs)
+    figure = visualize.loss_figure({version: [data] for version, data in logs.items()})
     assert [axes.get_title() for axes in figure.axes] == ["M0", "M1", "M2", "M3"]
     assert len({axes.get_ylim() for axes in figure.axes}) == 1
     for axes, (version, data) in zip(figure.axes, logs.items()):
@@ -64,7 +66,7 @@ def test_loss_panels() -> None:
 
 def test_long_loss_is_shown_with_its_running_mean_in_thousands() -> None:
     data = log(1000)
-    figure = visualize.loss_figure({"v1": data})
+    figure = visualize.loss_figure({"v1": [data]})
     raw, mean = figure.axes[0].get_lines()[:2]
     assert list(raw.get_ydata()) == data["loss"] and max(raw.get_xdata()) == 20.0 and raw.get_alpha() < 0.5
     assert mean.get_ydata()[500] == pytest.approx(data["loss"][500]) and "thousands" in figure.axes[0].get_xlabel()
@@ -72,7 +74,7 @@ def test_long_loss_is_shown_with_its_running_mean_in_thousands() -> None:
 
 
 def test_loss_of_many_runs_and_without_chance() -> None:
-    figure = visualize.loss_figure({f"run{i}": {"step": [1.0], "loss": [3.0]} for i in range(6)})
+    figure = visualize.loss_figure({f"run{i}": [{"step": [1.0], "loss": [3.0]}] for i in range(6)})
     assert len(figure.axes) == 6 and not figure.legends
     no_overlap(figure)
 
@@ -160,9 +162,10 @@ def test_figures_of_runs(place: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "M1, epoch 1: stored" in done.stdout and "M3, epoch 2: evaluating" in done.stdout and "M3, epoch 2: stored" in done.stdout
     assert (home / "M1" / "eval" / "epoch_0001" / "result.json").stat().st_mtime_ns == stored
-    assert sorted(p.name for p in (home / "M3" / "eval" / "epoch_0001").iterdir()) == ["accuracy.csv", "accuracy.png", "linear.pth.tar", "result.json"]
-    assert sorted(p.name for p in (place / "img").iterdir()) == ["accr_epoch_compare.png", "accr_model_compare.png", "loss.png"]
-    for figure in (place / "img").iterdir():
+    assert sorted(p.name for p in (home / "M3" / "eval" / "epoch_0001").iterdir()) == ["accuracy.csv", "accuracy.png", "confusion.csv", "confusion.png", "linear.pth.tar", "result.json"]
+    assert sorted(p.name for p in (place / "img").iterdir()) == ["accr_epoch_compare.png", "accr_model_compare.png", "data", "embedding.png", "filters.png", "loss.png",
+                                                                   "neighbours.png", "views.png"]
+    for figure in (place / "img").glob("*.png"):
         with Image.open(figure) as image:
             assert image.width >= 1200
             assert len(image.convert("RGB").resize((400, 200)).getcolors(80000)) > 20
@@ -173,7 +176,7 @@ def test_figures_of_runs(place: Path) -> None:
     shown = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line}
     for name, folder in (("M1", "M1/eval/epoch_0001"), ("M3", "M3/eval/epoch_0002"), ("untrained", "M3/eval/random")):
         result = json.loads((home / folder / "result.json").read_text())
-        assert shown[name][-2:] == [f"{result['knn_top1']:.2f}", f"{result['linear_top1']:.2f}"]
+        assert shown[name][:2] == [f"{result['knn_top1']:.2f}", f"{result['linear_top1']:.2f}"]
     done = run("visualize.py", *flags, "--trials=3", "--multiple_encoder_exp_version", "M1", "--multiple_pretrained_epoch", "none")
     assert "M1, epoch 1: evaluating" in done.stdout  # more trials than are stored
     assert len(json.loads((home / "M1" / "eval" / "epoch_0001" / "result.json").read_text())["trials"]) == 3
@@ -186,7 +189,7 @@ def test_a_result_of_another_measure_or_data_set_or_a_damaged_one_is_not_reused(
         class_folders(tmp_path / part / "data", seed=0, per_class=8 if part == "one" else 6)
     home = fabricated_run(tmp_path / "output", "M1", epochs=(1,))
     flags = [f"--encoder_output_root={tmp_path}/output", f"--result_path={tmp_path}/img", "--encoder_exp_version=M1", *FAST]
-    assert run("test.py", *flags[:1], *flags[2:], f"--dataset_root={tmp_path}/one/data", "--encoder=random", "--no-linear_mirror").returncode == 0
+    assert run("test.py", *flags[:1], *flags[2:], f"--dataset_root={tmp_path}/one/data", "--encoder=random", "--linear_views=1").returncode == 0
 
     def says(word: str, *more: str) -> None:
         done = run("visualize.py", *flags, *more)
@@ -220,8 +223,86 @@ def test_bad_input_is_one_line_before_any_work(place: Path, tmp_path: Path, flag
 
 def test_loss_versions(place: Path) -> None:
     root = place / "output" / "IMAGENET-64"
-    chosen = visualize.loss_runs(SimpleNamespace(loss_exp_version=["auto"]), {"M1": root / "M1", "M3": root / "M3"})
-    assert list(chosen) == ["M0", "M1", "M3"]
-    assert list(visualize.loss_runs(SimpleNamespace(loss_exp_version=["M3"]), {"M1": root / "M1"})) == ["M3"]
+    assert visualize.loss_versions(SimpleNamespace(loss_exp_version=["auto"], seeds=["none"]), root, ["M1", "M3"]) == ["M0", "M1", "M3"]
+    assert visualize.loss_versions(SimpleNamespace(loss_exp_version=["M3"], seeds=["none"]), root, ["M1"]) == ["M3"]
     log = visualize.read_loss(root / "M3")
     assert log["chance"] == math.log(17) and log["step"][:2] == [5.0, 10.0]
+
+
+def seed_runs(place: Path) -> list[str]:
+    """Two versions with two seeds each, evaluated, and one untrained encoder for each seed; the flags that name them."""
+    output = place / "seeds"
+    for version in ("M1", "M3"):
+        for seed in (0, 1):
+            fabricated_run(output, f"{version}-seed{seed}", epochs=(1,))
+    flags = [f"--encoder_output_root={output}", f"--dataset_root={place}/data", *FAST]
+    for seed in (0, 1):
+        assert run("test.py", *flags, f"--encoder_exp_version=M1-seed{seed}", "--encoder=random").returncode == 0
+    return [*flags, "--seeds", "0", "1", "--multiple_encoder_exp_version", "M1", "M3"]
+
+
+def test_versions_with_seeds_and_what_is_redrawn_is_what_was_drawn(place: Path, tmp_path: Path) -> None:
+    flags = seed_runs(place)
+    done = run("visualize.py", *flags, f"--result_path={tmp_path}/img", "--encoder_exp_version=M3", "--multiple_pretrained_epoch", "1")
+    assert done.returncode == 0, done.stderr
+    results = {name: [json.loads(path.read_text()) for path in sorted((place / "seeds/IMAGENET-64").glob(f"{pattern}/result.json"))]
+               for name, pattern in (("M1", "M1-seed*/eval/epoch_0001"), ("M3", "M3-seed*/eval/epoch_0001"), ("untrained", "M1-seed*/eval/random"))}
+    shown = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.split() and line.split()[0] in results}
+    for name, pair in results.items():
+        assert len(pair) == 2
+        for place_in_line, key in ((0, "knn_top1"), (3, "linear_top1")):
+            a, b = (each[key] for each in pair)
+            assert shown[name][place_in_line] == f"{(a + b) / 2:.2f}" and float(shown[name][place_in_line + 2]) == pytest.approx(abs(a - b) / math.sqrt(2), abs=0.011)
+    data = json.loads((tmp_path / "img/data/versions.json").read_text())
+    assert data["spread"] == "seed"
+    for seed in (0, 1):  # a row is the mean over that seed's trials
+        accuracy = visualize.read_accuracy(place / f"seeds/IMAGENET-64/M3-seed{seed}/eval/epoch_0001/accuracy.csv")
+        assert data["accuracy"]["M3"][seed] == pytest.approx(accuracy.mean(dim=0).tolist(), abs=1e-3)
+    assert len(json.loads((tmp_path / "img/data/loss.json").read_text())["M1"]) == 2
+
+    drawn = {path.name: path.read_bytes() for path in (tmp_path / "img").glob("*.png")}
+    for path in (tmp_path / "img").glob("*.png"):
+        path.unlink()
+    done = run("visualize.py", "--redraw", f"--result_path={tmp_path}/img")
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "img").glob("*.png")} == drawn and len(drawn) == 7
+
+
+def test_only_the_figures_that_are_asked_for(place: Path, tmp_path: Path) -> None:
+    flags = [f"--encoder_output_root={place}/output", "--encoder_exp_version=M3", *FAST]
+    done = run("visualize.py", *flags, f"--result_path={tmp_path}", "--figures", "loss", "filters")
+    assert done.returncode == 0 and sorted(p.name for p in tmp_path.glob("*.png")) == ["filters.png", "loss.png"], done.stderr
+    assert one_line(run("visualize.py", *flags, f"--result_path={tmp_path}/x", "--figures", "losses"), "--figures 'losses'")
+    assert one_line(run("visualize.py", "--redraw", f"--result_path={tmp_path}/none"), "--redraw finds nothing")
+    (tmp_path / "data" / "loss.json").write_text("{")
+    assert one_line(run("visualize.py", "--redraw", f"--result_path={tmp_path}"), "loss.json is gone or damaged")
+
+
+def test_without_scikit_learn_the_map_is_left_out_and_said(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    flags = [f"--encoder_output_root={place}/output", f"--dataset_root={place}/data", "--encoder_exp_version=M3", f"--result_path={tmp_path}", *FAST]
+    done = run("visualize.py", *flags)
+    assert done.returncode == 0 and "embedding.png is left out" in done.stderr and not (tmp_path / "embedding.png").exists()
+    assert one_line(run("visualize.py", *flags, "--figures", "embedding"), "pip install scikit-learn")
+
+
+def test_tensorboard_gets_scalars_views_neighbours_and_features(place: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    done = run("train.py", f"--dataset_root={place}/data", f"--output_root={tmp_path}", "--arch=resnet18", "--crop=16", "--feature_dim=8", "--num_keys=8", "--batch_size=8",
+               "--bn_groups=2", "--num_workers=0", "--log_every=2", "--device=cpu", "--max_epoch=2", "--momentum=0.5", "--tensorboard", "--knn_every=1")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "IMAGENET-64" / "v1"
+    events, log = EventAccumulator(str(folder / "tensorboard")).Reload(), utils.read_csv(folder / "log.csv")
+    for name in ("loss", "effective_rank"):
+        assert [(event.step, event.value) for event in events.Scalars(name)] == [(step, pytest.approx(value, rel=1e-4)) for step, value in zip(log["step"], log[name])]
+    assert [event.step for event in events.Scalars("knn_top1")] == [3, 6]
+    assert set(events.Tags()["images"]) == {"views", "neighbours"} and list((folder / "tensorboard").rglob("tensors.tsv"))
+
+
+def test_without_tensorboard_is_one_line(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "tensorboard" else found(name, *more))
+    assert one_line(run("train.py", f"--dataset_root={place}/data", f"--output_root={tmp_path}/x", "--num_keys=8", "--batch_size=8", "--bn_groups=2", "--tensorboard", "--device=cpu"),
+                    "pip install tensorboard")
+    assert not (tmp_path / "x").exists()

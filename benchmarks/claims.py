@@ -1,0 +1,136 @@
+"""The experiment M0 to M3 with several seeds, start to end: pretrain, evaluate, draw. What is done is skipped, what was stopped goes on.
+
+    python benchmarks/claims.py ROOT/fashion-mnist                          Fashion-MNIST on a small machine: preset claims, two seeds, a run on each core
+    python benchmarks/claims.py ROOT/fashion-mnist --lanes 4 --device cuda --seeds 0 1 2 -- --max_epoch 100 --schedule 60 80
+    python benchmarks/claims.py ROOT/ILSVRC/Data/CLS-LOC --preset none --dataset_name IMAGENET-64 --lanes 1 --test_root ROOT/STL-10
+
+What follows `--` goes to train.py. Runs are output/DATASET_NAME/M0-seed0, ...; their messages are in claims.log beside them. The figures go to --result_path, their
+data to RESULT_PATH/data. Ctrl-C stops the runs after their step; the same command goes on.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import dataloader
+import utils
+
+VERSIONS = ["M0", "M1", "M2", "M3"]
+
+
+class Lane:
+    """The commands of one run, one after the other."""
+
+    def __init__(self, name: str, folder: Path, commands: list[list[str]], environment: dict[str, str]) -> None:
+        self.name, self.folder, self.commands, self.environment = name, folder, commands, environment
+        self.process: subprocess.Popen | None = None
+
+    def alive(self) -> bool:
+        """Start the next command where the last has ended; UserError if that failed."""
+        if self.process is not None and self.process.poll() is None:
+            return True
+        if self.process is not None and self.process.returncode:
+            raise utils.UserError(f"{self.name} failed (status {self.process.returncode}): {self.last_line()} (all of it: {self.folder / 'claims.log'})")
+        if not self.commands:
+            return False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "claims.log", "ab") as log:
+            self.process = subprocess.Popen([sys.executable, *self.commands.pop(0)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=self.environment)
+        return True
+
+    def last_line(self) -> str:
+        lines = (self.folder / "claims.log").read_text(errors="replace").splitlines()
+        return lines[-1] if lines else ""
+
+
+def steps_done(folder: Path) -> int:
+    try:
+        return int(utils.read_csv(folder / "log.csv", ["step"])["step"][-1])
+    except (utils.UserError, IndexError):
+        return 0
+
+
+def main(argv: list[str]) -> None:
+    more = argv[argv.index("--") + 1:] if "--" in argv else []
+    parser = utils.Parser(prog="python benchmarks/claims.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("dataset_root")
+    parser.add_argument("--test_root", help="where the encoders are evaluated (default: dataset_root)")
+    parser.add_argument("--preset", default="claims", help="the settings that all versions share; none: train.py's defaults")
+    parser.add_argument("--dataset_name", default="FASHION-MNIST")
+    parser.add_argument("--output_root", default="output")
+    parser.add_argument("--result_path", default="img")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--versions", nargs="+", choices=VERSIONS, default=VERSIONS)
+    parser.add_argument("--lanes", type=int, default=os.cpu_count() or 1, help="runs side by side")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args(argv[:argv.index("--")] if "--" in argv else argv)
+    preset = [] if args.preset == "none" else [args.preset]
+    place = [f"--device={args.device}"]
+    flags = [*(["--preset", *preset] if preset else []), f"--encoder_output_root={args.output_root}", f"--encoder_dataset_name={args.dataset_name}",
+             f"--dataset_root={args.test_root or args.dataset_root}", *place]
+    cores = str(max(1, (os.cpu_count() or 1) // args.lanes)) if not torch.cuda.is_available() or args.device == "cpu" else str(os.cpu_count())
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", cores)}
+
+    def options(version: str, seed: int) -> list[str]:
+        return ["--preset", *preset, version, f"--exp_version={version}-seed{seed}", f"--seed={seed}", f"--dataset_root={args.dataset_root}", f"--dataset_name={args.dataset_name}",
+                f"--output_root={args.output_root}", *place, *more]
+
+    cfg = utils.load_config("train", options("M3", 0))  # all errors before any work
+    epochs = cfg.max_epoch
+    images = len(dataloader.open_dataset(args.dataset_root, "pretrain", view="square", resize=cfg.resize, crop=cfg.crop))
+    steps = epochs * (images // cfg.batch_size)
+    waiting, folders = [], []
+    for seed in args.seeds:
+        for version in args.versions:
+            folder = utils.run_folder(args.output_root, args.dataset_name, f"{version}-seed{seed}")
+            folders.append(folder)
+            commands = [] if (folder / "checkpoints" / f"epoch_{epochs:04d}.pth.tar").exists() else [["train.py", *options(version, seed), "--resume"]]
+            tests = ["trained"] if not (folder / f"eval/epoch_{epochs:04d}/result.json").exists() else []
+            tests += ["random"] if version == args.versions[-1] and not (folder / "eval/random/result.json").exists() else []
+            commands += [["test.py", *flags, f"--encoder_exp_version={version}-seed{seed}", f"--encoder={encoder}"] for encoder in tests]
+            if commands:
+                waiting.append(Lane(folder.name, folder, commands, environment))
+    print(f"{len(folders)} runs of {steps:,} steps, {len(folders) - len(waiting)} of them done; {args.lanes} side by side, {environment['OMP_NUM_THREADS']} threads each", flush=True)
+    run_all(waiting, args.lanes, folders, steps)
+    command = ["visualize.py", *flags, f"--result_path={args.result_path}", f"--encoder_exp_version={args.versions[-1]}", "--multiple_encoder_exp_version", *args.versions,
+               "--loss_exp_version", *args.versions, "--seeds", *map(str, args.seeds), "--multiple_pretrained_epoch", *map(str, range(cfg.save_weight_epoch, epochs + 1, cfg.save_weight_epoch))]
+    print("python " + " ".join(command), flush=True)
+    sys.exit(subprocess.run([sys.executable, *command], cwd=ROOT).returncode)
+
+
+def run_all(waiting: list[Lane], lanes: int, folders: list[Path], steps: int) -> None:
+    """Keep `lanes` runs going until all are done; says every minute how far they are. Stops them all on Ctrl-C, or when one fails."""
+    running: list[Lane] = []
+    started, first, told = time.monotonic(), sum(min(steps, steps_done(folder)) for folder in folders), 0.0
+    try:
+        while waiting or running:
+            while waiting and len(running) < lanes:
+                running.append(waiting.pop(0))
+            running = [lane for lane in running if lane.alive()]
+            if running and time.monotonic() - told > 60:
+                told, done = time.monotonic(), sum(min(steps, steps_done(folder)) for folder in folders)
+                rate = (done - first) / (told - started)
+                left = utils.duration((steps * len(folders) - done) / rate) if rate > 0 else "not known yet"
+                print(", ".join(f"{lane.name} step {steps_done(lane.folder):,}" for lane in running) + f"; time left for training: {left}", flush=True)
+            time.sleep(1)
+    except (KeyboardInterrupt, utils.UserError):
+        for lane in running:
+            if lane.process is not None and lane.process.poll() is None:
+                lane.process.send_signal(signal.SIGINT if lane.process.args[1] != "train.py" else signal.SIGTERM)
+        for lane in running:
+            if lane.process is not None:
+                lane.process.wait()
+        print("stopped: the same command goes on", file=sys.stderr)
+        raise
+
+
+if __name__ == "__main__":
+    utils.main_guard(main)
