@@ -104,6 +104,14 @@ def test_learning_rate_is_the_best_on_the_held_out_part() -> None:
     assert result["learning_rate"] == 0.1
 
 
+def test_the_held_out_part_was_not_trained_on() -> None:
+    """Labels that have nothing to do with the features can be learnt by heart, but not told for others."""
+    features = torch.randn(120, 200, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(4, (120,), generator=torch.Generator().manual_seed(1))
+    result = evaluate.linear_evaluation(features, labels, features, labels, epochs=60, lrs=[0.1, 0.2], trials=range(1), batch_size=32)
+    assert result["accuracy"][0, -1] == 100 and max(result["heldout_top1"].values()) < 70
+
+
 def test_all_at_once_is_each_alone() -> None:
     views, labels = clusters(100, noise=1.0)
     views = torch.stack([views, views.flip(0).roll(3)]).double()

@@ -234,7 +234,7 @@ def seed_runs(place: Path) -> list[str]:
     output = place / "seeds"
     for version in ("M1", "M3"):
         for seed in (0, 1):
-            fabricated_run(output, f"{version}-seed{seed}", epochs=(1,))
+            fabricated_run(output, f"{version}-seed{seed}", epochs=(1,), weight=3.0 * seed)  # other features
     flags = [f"--encoder_output_root={output}", f"--dataset_root={place}/data", *FAST]
     for seed in (0, 1):
         assert run("test.py", *flags, f"--encoder_exp_version=M1-seed{seed}", "--encoder=random").returncode == 0
@@ -306,3 +306,9 @@ def test_without_tensorboard_is_one_line(place: Path, tmp_path: Path, monkeypatc
     assert one_line(run("train.py", f"--dataset_root={place}/data", f"--output_root={tmp_path}/x", "--num_keys=8", "--batch_size=8", "--bn_groups=2", "--tensorboard", "--device=cpu"),
                     "pip install tensorboard")
     assert not (tmp_path / "x").exists()
+
+
+def test_curves_of_one_run_are_its_trials_and_of_several_the_mean_of_each() -> None:
+    one, two = curves(trials=2, top=50.0), curves(trials=3, top=60.0)
+    assert visualize.pooled([({}, one)]) == [pytest.approx(curve) for curve in one.tolist()]
+    assert visualize.pooled([({}, one), ({}, two)]) == [pytest.approx([sum(column) / len(column) for column in zip(*table.tolist())], abs=1e-4) for table in (one, two)]
