@@ -235,7 +235,8 @@ def stl10_folds(root: str, images: int) -> list[Tensor]:
 def _cifar_folder(root: Path) -> Path | None:
     """The folder of CIFAR-10's binary files, or of its pickled ones ("python version"), at or below `root`."""
     below = [root / "cifar-10-batches-bin", root / "cifar-10-batches-py", root]
-    return next((folder for folder in below if any((folder / name).exists() for name in ("data_batch_1.bin", "data_batch_1"))), None)
+    return next((folder for folder in below if (folder / "data_batch_1.bin").exists()
+                 or (folder.name == "cifar-10-batches-py" and (folder / "data_batch_1").exists())), None)
 
 
 def _read_cifar10(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -572,7 +573,8 @@ def packed(dataset: ArrayImages | FolderImages | PackedImages, root: str, where:
     Data that need no decoding are given back as they are. Raises UserError if the store does not belong to the data set, if the disk has not the room, or if it cannot be written.
     """
     if not isinstance(dataset, FolderImages):
-        print(f"note: --pack has nothing to do, {dataset.name} needs no decoding", file=sys.stderr)
+        if utils.rank() == 0:
+            print(f"note: --pack has nothing to do, {dataset.name} needs no decoding", file=sys.stderr)
         return dataset
     beside = Path(root).resolve()
     folder = beside.with_name(f"{beside.name}-{dataset.resize}px.pack") if where == "auto" else Path(where)

@@ -6,8 +6,8 @@
 import contextlib
 import copy
 import functools
-import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -29,8 +29,9 @@ import model
 import parallel
 import utils
 
-SAME_MEASURE = ("dataset", "train_images", "test_images", "arch", "crop", "asked_resize", "precision", "protocol", "train_fraction", "folds", "finetune_lr",
+SAME_MEASURE = ("dataset", "dataset_root", "train_images", "test_images", "arch", "crop", "asked_resize", "precision", "protocol", "train_fraction", "folds", "finetune_lr",
                 "linear_epochs", "linear_lrs", "linear_batch_size", "linear_views", "asked_knn_k", "knn_temperature", "knn_weighted", "seed")
+CROP_BATCH = 256  # images whose stored random crops are drawn together
 BLOCK = 1 << 24  # numbers in the largest temporary matrix: 64 MB of float32
 
 
@@ -274,7 +275,6 @@ def train_on_crops(cfg: SimpleNamespace, encoder: nn.Module, dataset: Any, recip
     groups = [{"params": classifier.parameters(), "lr": lr}] + ([{"params": encoder.parameters(), "lr": cfg.finetune_lr}] if cfg.finetune else [])
     optimizer, accuracy, predicted = torch.optim.SGD(groups, momentum=0.9), torch.zeros(cfg.linear_epochs, dtype=torch.float64), torch.empty(0)
     rates = [group["lr"] for group in optimizer.param_groups]
-    failures = dataloader.Failures(len(dataset))
     own = launch.rows(batch)
     with contextlib.nullcontext() if cfg.finetune else frozen(encoder), torch.enable_grad():
         for epoch in utils.progress(range(cfg.linear_epochs), "linear classifier" if not cfg.finetune else "finetuning"):
@@ -283,7 +283,7 @@ def train_on_crops(cfg: SimpleNamespace, encoder: nn.Module, dataset: Any, recip
                 group["lr"] = start * rate(epoch / cfg.linear_epochs)
             order = rows[torch.randperm(len(rows), generator=utils.generator(cfg.seed, f"linear order {trial}", epoch))]
             batches = [order[i:i + batch][own] for i in range(0, len(order) - batch + 1, batch)]  # the last, incomplete batch is dropped
-            for step, part in enumerate(dataloader.iterate(dataset, batches, num_workers=cfg.num_workers, failures=failures)):
+            for step, part in enumerate(dataloader.iterate(dataset, batches, num_workers=cfg.num_workers, failures=failures_of(dataset))):
                 random = utils.generator(cfg.seed, f"linear views {trial}", epoch * len(batches) + step)
                 x, = augment.views(part.images.to(device, non_blocking=True), part.aspect, recipe, [random], batch, own, parallel.precision_dtype(precision))
                 with torch.set_grad_enabled(cfg.finetune), parallel.autocast(precision, device):
@@ -386,8 +386,9 @@ def load_subject(cfg: SimpleNamespace) -> Subject:
         path = utils.checkpoint_path(run, cfg.load_pretrained_epoch)
     checkpoint = utils.load_checkpoint(path, bare=cfg.pretrained is not None) if path else {}
     # training's defaults serve an untrained encoder that has no run; files from elsewhere are of ImageNet at 224 px
-    own = checkpoint.get("config") or ({"seed": cfg.seed} if path is None else {"crop": 224})
-    config = {name: key.default for name, key in utils.config_keys("train").items()} | own
+    keys = utils.config_keys("train")
+    own = own_config(checkpoint, keys)
+    config = {name: key.default for name, key in keys.items()} | (own or ({"seed": cfg.seed} if path is None else {"crop": 224}))
     if untrained:
         arch = checkpoint.get("arch") or (config["arch"] if cfg.arch == "auto" else cfg.arch)
         if cfg.arch not in ("auto", arch):
@@ -395,19 +396,31 @@ def load_subject(cfg: SimpleNamespace) -> Subject:
         encoder, stem, found, epoch = untrained_encoder(arch, config), "random", "", None
     else:
         encoder, found = read_checkpoint(path, checkpoint, cfg.arch)
-        arch, epoch = found.arch, checkpoint.get("epoch")
-        stem = re.sub(r"(\.(pth|pt|tar))+$", "", path.name) if epoch is None or cfg.pretrained is not None else f"epoch_{epoch:04d}"
+        arch, epoch, step = found.arch, checkpoint.get("epoch"), checkpoint.get("step")
+        between = step and "images" in checkpoint and step % max(1, checkpoint["images"] // config["batch_size"])  # the epochs
+        stem = f"step_{step:06d}" if between else f"epoch_{epoch or 0:04d}"
+        stem = re.sub(r"(\.(pth|pt|tar))+$", "", path.name) if epoch is None or cfg.pretrained is not None else stem
     crop = config["crop"] if cfg.crop == "auto" else cfg.crop
-    found = f"{found}" + f"; it does not say its settings: crop {crop} px, ImageNet's mean and deviation" * (not checkpoint.get("config")) if found else ""
+    found = f"{found}" + f"; it does not say its settings: crop {crop} px, ImageNet's mean and deviation" * (not own) if found else ""
     record = {"encoder": cfg.encoder, "arch": arch, "checkpoint": None if untrained else str(path), "epoch": epoch,
               "step": None if untrained else checkpoint.get("step")}
     return Subject(encoder=model.backbone(encoder), home=home, stem=stem, foreign=cfg.pretrained is not None, found=found,
                    crop=crop, mean=config["mean"], std=config["std"], record=record, config=config)
 
 
+def own_config(checkpoint: dict[str, Any], keys: dict[str, utils.Key]) -> dict[str, Any]:
+    """The settings in a checkpoint, if they are those of train.py, else none: other programs call other things config."""
+    config = checkpoint.get("config") or {}
+    try:
+        own = {name: keys[name].accepts(value) for name, value in config.items() if name in keys}
+        return own if "crop" in own and all(len(own.get(name, "rgb")) == 3 for name in ("mean", "std")) else {}
+    except utils.UserError:
+        return {}
+
+
 def read_checkpoint(path: Path, checkpoint: dict[str, Any], arch: str = "auto") -> tuple[nn.Module, model.Found]:
     """The backbone of a checkpoint and what it is; UserError if it does not fit `arch`, its own settings, or any known format."""
-    config = checkpoint.get("config") or {}
+    config = own_config(checkpoint, utils.config_keys("train"))
     try:
         encoder, found = model.read_encoder(checkpoint["state_dict"], None if arch == "auto" else arch)
         for name, value in (("arch", checkpoint.get("arch")), *((name, config.get(name)) for name in ("feature_dim", "mlp", "small_stem"))):
@@ -447,23 +460,26 @@ def result_folder(subject: Subject, dataset: str, kind: str) -> Path:
     Raises UserError if that holds the result of another file of the same name (`pretrained`).
     """
     folder = subject.home / subject.stem
-    taken = read_result(folder)
-    if kind != "cached" or (taken and taken["dataset"] != dataset):
+    taken = _any_result(folder)
+    if kind != "cached" or taken.get("dataset", dataset) != dataset:
         folder = subject.home / f"{subject.stem}-{dataset}-{kind}"
-        taken = read_result(folder)
-    old, new = (taken or {}).get("checkpoint"), subject.record["checkpoint"]
+        taken = _any_result(folder)
+    old, new = taken.get("checkpoint"), subject.record["checkpoint"]
     if subject.foreign and old and Path(old).resolve() != Path(new).resolve():
         raise utils.UserError(f"{str(folder)!r} holds the result of {old!r}, not of {new!r}: remove it, or choose another --encoder_output_root")
     return folder
 
 
+def _any_result(folder: Path) -> dict[str, Any]:
+    """The result.json of a folder, of whatever version; empty if there is none."""
+    result = utils.read_json(folder / "result.json")
+    return result if isinstance(result, dict) else {}
+
+
 def read_result(folder: Path) -> dict[str, Any] | None:
     """The result.json of a folder, or None where there is none that is whole."""
-    try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        return result if isinstance(result, dict) and {*SAME_MEASURE, "linear_top1", "knn_top1", "trials", "encoder", "epoch"} <= result.keys() else None
-    except (OSError, ValueError):
-        return None
+    result = _any_result(folder)
+    return result if {*SAME_MEASURE, "linear_top1", "knn_top1", "trials", "encoder", "epoch"} <= result.keys() else None
 
 
 def settings(cfg: SimpleNamespace, subject: Subject) -> dict[str, Any]:
@@ -491,8 +507,8 @@ def evaluate_subject(cfg: SimpleNamespace, subject: Subject, launch: parallel.On
         raise utils.UserError("--dataset_root is missing: give labelled images, or the word shapes for the built-in data set")
     if cfg.download and launch.processes > 1:
         raise utils.UserError("--download is for one process: fetch the data with plain python first")
-    if cfg.finetune and launch.devices > 1:
-        raise utils.UserError(f"--finetune is for one device, not for {launch.devices}: use plain python, and CUDA_VISIBLE_DEVICES=0")
+    if cfg.finetune and (launch.devices > 1 or parallel.several_processes()):
+        raise utils.UserError("--finetune is for one process on one device: use plain python, and CUDA_VISIBLE_DEVICES=0")
     device, first = launch.device, launch.rank == 0
     cfg = SimpleNamespace(**vars(cfg))
     asked, cfg.precision = cfg.precision, utils.checked(parallel.pick_precision, cfg.precision, device)
@@ -508,6 +524,9 @@ def evaluate_subject(cfg: SimpleNamespace, subject: Subject, launch: parallel.On
     k = min(cfg.knn_k, voters)
     if first:
         check_writable(folder, "--encoder_output_root")
+        earlier, now = _any_result(folder), settings(cfg, subject) | {"dataset_root": data_path(cfg.dataset_root), "precision": asked}
+        changed = [f"{name} {earlier[name]} -> {value}" for name, value in now.items() if name in earlier and earlier[name] != value]
+        print(f"note     replaces the result in {folder}: {', '.join(changed)}\n" * bool(changed), end="")
     if first and k < cfg.knn_k:
         print(f"warning: --knn_k {cfg.knn_k} is more than the {voters} training images: k = {k}", file=sys.stderr)
     if first:
@@ -559,7 +578,7 @@ def online_trial(cfg: SimpleNamespace, subject: Subject, square: Any, rows: torc
     tests = (lambda: dataset_features(cfg, tuned, test, launch)[0][0]) if cfg.finetune else (lambda: test_features[0])
     recipe = crop_recipe(subject.crop, subject.mean, subject.std, PROTOCOLS[cfg.protocol][4])
     done = train_on_crops(cfg, encoder, square, recipe, rows, number, tests, test_labels, launch)
-    return done | {"encoder": encoder.state_dict() if cfg.finetune else None}
+    return done | {"encoder": {name: value.cpu() for name, value in encoder.state_dict().items()} if cfg.finetune else None}
 
 
 def check_writable(folder: Path, flag: str) -> None:
@@ -594,11 +613,11 @@ def dataset_features(cfg: SimpleNamespace, subject: Subject, dataset: Any, launc
     of its kind. UserError if the memory does not suffice, or if the features are not finite.
     """
     chosen = torch.arange(len(dataset)) if chosen is None else chosen
-    n, batch, own = len(chosen), cfg.eval_batch_size, launch.rows(len(chosen))
+    n, batch, own = len(chosen), cfg.eval_batch_size if recipe is None else CROP_BATCH, launch.rows(len(chosen))
     edges = [own.start, *range((own.start // batch + 1) * batch, own.stop, batch), own.stop]  # of whole batches, whoever holds which rows
     pieces = [slice(a, b) for a, b in zip(edges, edges[1:])]
     check_memory(n * (2 if mirror else 1) * subject.width * 4)
-    loader = dataloader.iterate(dataset, [chosen[piece] for piece in pieces], num_workers=cfg.num_workers, failures=dataloader.Failures(len(dataset)))
+    loader = dataloader.iterate(dataset, [chosen[piece] for piece in pieces], num_workers=cfg.num_workers, failures=failures_of(dataset))
     batches = utils.progress(loader, "features", total=len(pieces))
     dtype = parallel.precision_dtype(cfg.precision)
     if recipe is None:
@@ -613,14 +632,20 @@ def dataset_features(cfg: SimpleNamespace, subject: Subject, dataset: Any, launc
     return features, launch.gather(labels, n)
 
 
+def failures_of(dataset: Any) -> dataloader.Failures:
+    """Of all passes over a data set, so that an unreadable file is named once."""
+    return vars(dataset).setdefault("failures", dataloader.Failures(len(dataset)))
+
+
 def check_memory(needed: int) -> None:
     """UserError if the machine has not the memory (bytes) for features, as far as the system says."""
     try:
         free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
     except (OSError, TypeError):
         return
-    if 2 * needed > free:  # parts, then the whole
-        raise utils.UserError(f"the features take {2 * needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} are free: use --linear_views 1, or a smaller --train_fraction")
+    needed *= 2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # parts, then the whole, in each process of this machine
+    if needed > free:
+        raise utils.UserError(f"the features take {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} are free: use --linear_views 1, or a smaller --train_fraction")
 
 
 def save_results(folder: Path, result: dict[str, Any], linear: dict[str, Any]) -> None:
@@ -641,24 +666,27 @@ def save_results(folder: Path, result: dict[str, Any], linear: dict[str, Any]) -
 class Monitor:
     """kNN accuracy of the query encoder while it is trained (k = 200, T = 0.07), on a fixed part of labelled images; training does not notice.
 
-    `cfg` is train.py's: `knn_root` (or `dataset_root`) names the images as an evaluation would; of class folders without a test split a stratified
-    tenth asks and the others vote. Raises UserError where labels are missing.
+    `cfg` is train.py's: of `knn_root` the training split votes and the test split asks; without it, of the training images of `dataset_root` a stratified
+    tenth asks and the others vote, so that nothing is chosen on a test split. Raises UserError where labels are missing.
     """
 
     def __init__(self, cfg: SimpleNamespace, launch: parallel.OneDevice) -> None:
-        root = cfg.knn_root or cfg.dataset_root
-        kind = dataloader.detect(root)
-        if kind == "packed":
-            raise utils.UserError(f"--knn_every needs labelled images, and {root!r} is a packed store: name them with --knn_root")
-        self.launch, seed = launch, utils.generator(cfg.seed, "monitor")
-        opened = [dataloader.open_dataset(root, split, view="center", resize="auto", crop=cfg.crop) for split in (("pretrain",) if kind == "classes" else ("train", "test"))]
-        if kind == "classes":
-            kept, held = held_out(opened[0].labels, 0.1, seed)
+        self.launch, seed, root = launch, utils.generator(cfg.seed, "monitor"), cfg.knn_root or cfg.dataset_root
+        try:
+            kind = dataloader.detect(root)
+            if kind == "packed":
+                raise utils.UserError(f"--knn_every needs labelled images, and {root!r} is a packed store: name them with --knn_root")
+            split = "train" if kind in ("stl10", "fashion_mnist", "cifar10", "shapes") or cfg.knn_root else "pretrain"  # of folders, the images that are trained on
+            pairs = [(dataset, torch.arange(len(dataset))) for dataset in (dataloader.open_dataset(root, part, view="center", resize="auto", crop=cfg.crop)
+                                                                           for part in ((split, "test") if cfg.knn_root else (split,)))]
+        except utils.UserError as error:
+            raise utils.UserError(str(error).replace("--dataset_root", "--knn_root") if cfg.knn_root else str(error)) from None
+        if not cfg.knn_root:
+            dataset = pairs[0][0]
+            kept, held = held_out(dataset.labels, 0.1, seed)
             if not len(held):
                 raise utils.UserError(f"--knn_every needs classes of two images or more, and {root!r} has none: name others with --knn_root")
-            pairs = [(opened[0], kept), (opened[0], held)]
-        else:
-            pairs = [(dataset, torch.arange(len(dataset))) for dataset in opened]
+            pairs = [(dataset, kept), (dataset, held)]
         limits = cfg.knn_images, max(1, cfg.knn_images // 4)
         self.parts = [(dataset, rows[torch.randperm(len(rows), generator=seed)[:limit]].sort().values) for (dataset, rows), limit in zip(pairs, limits)]
         if min(len(rows) for _, rows in self.parts) < launch.processes ** 2:

@@ -69,6 +69,10 @@ def how_to_load(form: str, out: str, found: model.Found, config: dict) -> list[s
     mean, std = ([round(value, 4) for value in config.get(name, defaults[name])] for name in ("mean", "std"))
     if form == "detectron2":
         depth = re.sub(r"\D*(\d+).*", r"\1", found.arch)
+        if found.arch in ("resnet18", "resnet34"):
+            depth += "  MODEL.RESNETS.RES2_OUT_CHANNELS 64"
+        if found.arch.startswith("wide"):
+            depth += "  MODEL.RESNETS.WIDTH_PER_GROUP 128"
         if wide := re.search(r"_(\d+)x(\d+)d$", found.arch):
             depth += f"  MODEL.RESNETS.NUM_GROUPS {wide[1]}  MODEL.RESNETS.WIDTH_PER_GROUP {wide[2]}"
         return [f'MODEL.WEIGHTS "{out}"  MODEL.RESNETS.DEPTH {depth}  MODEL.RESNETS.STRIDE_IN_1X1 False  INPUT.FORMAT "RGB"',

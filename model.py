@@ -282,7 +282,10 @@ def read_encoder(state_dict: dict[str, torch.Tensor], arch: str | None = None) -
     if stem not in ((64, 3, 7, 7), (64, 3, 3, 3)):
         raise ValueError(f"its first convolution is {' x '.join(map(str, stem))}, neither a ResNet's 64 x 3 x 7 x 7 nor the small stem's 64 x 3 x 3 x 3")
     encoder = backbone(build_encoder(arch, small_stem=stem[2] == 3))
-    encoder.load_state_dict(body)
+    try:
+        encoder.load_state_dict(body)
+    except RuntimeError as error:  # a counter too many, or in another shape
+        raise ValueError(f"its weights do not fit a {arch}: {' '.join(str(error).split())[:160]}") from None
     is_moco = prefix.endswith("encoder_q.")
     head, width, mlp = _head_of({key: value for key, value in weights.items() if key.startswith("fc.")}, body_width(arch), is_moco)
     kind = f"MoCo v{2 if mlp else 1} checkpoint" if is_moco else "ResNet weights"

@@ -30,6 +30,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
+GATHER = 1 << 24  # numbers that a process sends at once where it gathers
 TIMEOUT = datetime.timedelta(minutes=10)  # of a process that waits for the others; one that died ends the job at once, by torchrun
 
 
@@ -355,12 +356,16 @@ class Processes(OneDevice):
         return torch.empty_like(got).index_copy_(0, order, got).permute(0, 3, 1, 2)
 
     def gather(self, x: Tensor, n: int = 0) -> Tensor:
-        sizes = self._sizes(n)
-        padded = torch.zeros(max(sizes), *x.shape[1:], dtype=x.dtype, device=self.device)  # NCCL knows no other memory
-        padded[:len(x)] = x
-        parts = padded.new_empty(self.devices * len(padded), *x.shape[1:])
-        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(parts, padded)  # renamed in torch 2.14
-        return torch.cat([part[:size] for part, size in zip(parts.to(x.device).split(len(padded)), sizes)])
+        sizes, parts = self._sizes(n), []
+        step = max(1, GATHER // max(1, x[:1].numel()))  # rows at a time: all features of a large data set have no room on a GPU
+        for first in range(0, max(sizes), step):
+            padded = torch.zeros(min(step, max(sizes) - first), *x.shape[1:], dtype=x.dtype, device=self.device)  # NCCL knows no other memory
+            mine = x[first:first + step]
+            padded[:len(mine)] = mine
+            part = padded.new_empty(self.devices * len(padded), *x.shape[1:])
+            getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(part, padded)  # renamed in torch 2.14
+            parts.append(part.to(x.device).split(len(padded)))
+        return torch.cat([part[rank][:max(0, size - i * step)] for rank, size in enumerate(sizes) for i, part in enumerate(parts)])
 
     def total(self, x: Tensor) -> Tensor:
         x = x.clone()

@@ -38,6 +38,7 @@ LOG_COLUMNS = ["step", "epoch", "loss", "contrast_top1", "lr", "images_per_secon
 AUTO_FROM_CHECKPOINT = ("bn_groups", "precision")  # on --resume auto is what it was, whatever the hardware now
 MAY_CHANGE_ON_RESUME = {"dataset_root", "dataset_name", "exp_version", "output_root", "num_workers", "pack", "compile", "download", "device", "log_every", "save_weight_epoch",
                         "save_every_minutes", "knn_every", "knn_root", "knn_images", "tensorboard", "resume", "overwrite"}
+MAY_DIFFER_BETWEEN_MACHINES = {"dataset_root", "output_root", "knn_root", "num_workers", "pack"}  # of a launch
 QUEUE_EPOCH = 2 ** 32  # the epoch number under which images for the first queue are drawn: no training epoch is called so
 
 
@@ -83,7 +84,7 @@ def train(cfg: SimpleNamespace, launch: parallel.OneDevice, folder: Path, datase
     if cfg.compile:
         compile_encoders(moco, cfg, launch)
     launch.attach(moco, cfg.batch_size, cfg.bn_groups)
-    start_together(launch, cfg, dataset, step)
+    start_together(launch, cfg, dataset, step, monitor)
     if checkpoint is None and cfg.queue_init == "keys":
         fill_queue(moco, dataset, recipe, cfg, launch, failures, stop)
     if launch.rank == 0:
@@ -138,7 +139,9 @@ def train(cfg: SimpleNamespace, launch: parallel.OneDevice, folder: Path, datase
                 log.add(row)
                 report(row, cfg, total)
                 if board is not None:
-                    show(board, row, batch, (im_q, im_k), monitor if watched else None, cfg)
+                    board.scalars(row)
+                if board is not None and (epoch_ends or step == cfg.log_every):
+                    show(board, step, batch, (im_q, im_k), monitor if watched else None, cfg)
             meter.reset()
         if keep or stopped or due:
             content = snapshot(cfg, step, steps_per_epoch, moco, optimizer, meter, len(dataset), folder)
@@ -189,6 +192,8 @@ def set_up(cfg: SimpleNamespace, launch: parallel.OneDevice,
         raise UserError(f"--pixel_boxes needs a data set of one size kept at that size, not {dataset.name} at --resize {cfg.resize}: leave it out")
     recipe = augment.recipe("v2" if cfg.aug_plus else "v1", cfg.crop, scale=tuple(cfg.crop_scale), grayscale=cfg.grayscale,
                             grid=cfg.resize if cfg.pixel_boxes else 0, mean=tuple(cfg.mean), std=tuple(cfg.std))
+    if cfg.knn_root is not None and not cfg.knn_every:
+        raise UserError(f"--knn_root {cfg.knn_root!r} has no use without --knn_every: give the number of epochs between two kNN")
     monitor = evaluate.Monitor(cfg, launch) if cfg.knn_every else None
     return dataset, recipe, monitor
 
@@ -205,10 +210,12 @@ def advise(cfg: SimpleNamespace, images: int) -> None:
               if cfg.momentum < 1 else "warning: with --momentum 1 the key encoder never moves", file=sys.stderr)
 
 
-def start_together(launch: parallel.OneDevice, cfg: SimpleNamespace, dataset: Any, step: int) -> None:
-    """UserError unless all processes see the same checkpoint, settings and number of images."""
-    settings = zlib.crc32(repr(sorted((name, value) for name, value in vars(cfg).items() if name not in MAY_CHANGE_ON_RESUME)).encode())
-    for name, value in (("checkpoint (its step is", step), ("settings (their checksum is", settings), ("data set (its images are", len(dataset))):
+def start_together(launch: parallel.OneDevice, cfg: SimpleNamespace, dataset: Any, step: int, monitor: evaluate.Monitor | None) -> None:
+    """UserError unless all processes see the same checkpoint, settings and numbers of images."""
+    settings = zlib.crc32(repr(sorted((name, value) for name, value in vars(cfg).items() if name not in MAY_DIFFER_BETWEEN_MACHINES)).encode())
+    asked = sum(len(rows) for _, rows in monitor.parts) if monitor else 0
+    for name, value in (("checkpoint (its step is", step), ("settings (their checksum is", settings), ("data set (its images are", len(dataset)),
+                        ("labelled images for --knn_every (they are", asked)):
         lowest, highest = launch.agreed([-value, value])
         if -lowest != highest:
             raise UserError(f"the processes do not see the same {name} {value} here, from {-lowest} to {highest} over all): give all machines the "
@@ -385,12 +392,11 @@ def announce(cfg: SimpleNamespace, folder: Path, dataset: Any, launch: parallel.
     print(f"run: {folder}", flush=True)
 
 
-def show(board: utils.Board, row: dict[str, float], batch: dataloader.Batch, views: tuple[torch.Tensor, torch.Tensor], monitor: evaluate.Monitor | None,
+def show(board: utils.Board, step: int, batch: dataloader.Batch, views: tuple[torch.Tensor, torch.Tensor], monitor: evaluate.Monitor | None,
          cfg: SimpleNamespace) -> None:
-    """A row of the log for TensorBoard, with a few images and their views, and after a kNN the neighbours and the features."""
+    """A few images and their views for TensorBoard, and after a kNN the neighbours and the features."""
     import visualize  # matplotlib is needed only here
-    step, mean, std = int(row["step"]), *(torch.tensor(values)[:, None, None] for values in (cfg.mean, cfg.std))
-    board.scalars(row)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (cfg.mean, cfg.std))
     pixels = [(255 * (view[:6].float().cpu() * std + mean)).round().clamp(0, 255).to(torch.uint8).numpy() for view in views]
     board.figure("views", visualize.views_figure({"images": batch.images[:6].numpy(), "aspect": batch.aspect[:6].numpy(), "query": pixels[0], "key": pixels[1],
                                                   "names": np.array([""] * len(batch.images[:6]))}), step)

@@ -148,7 +148,7 @@ class Key:
         self.kind = match[1] if match else "bool" if isinstance(default, bool) else type(default).__name__
         self.is_list = self.kind.startswith("list ")
         self.is_bool = self.kind == "bool"
-        self.takes_text = "str" in self.kind.split("|")
+        self.takes_text = "str" in self.kind.removeprefix("list ").split("|")
 
     def accepts(self, value: Any) -> Any:
         """The value in its type; UserError if it is of the wrong type or out of range."""
@@ -689,20 +689,29 @@ class Board:
 
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # an optional extra
-        self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+        self.writer, self.broken = SummaryWriter(folder / "tensorboard", purge_step=step + 1), False
 
     def scalars(self, row: dict[str, float]) -> None:
         for name, value in row.items():
             if name != "step" and not math.isnan(value):
-                self.writer.add_scalar(name, value, int(row["step"]))
-        self.writer.flush()
+                self._try(self.writer.add_scalar, name, value, int(row["step"]))
+        self._try(self.writer.flush)
 
     def figure(self, name: str, figure: Any, step: int) -> None:
-        self.writer.add_figure(name, figure, step)
+        self._try(self.writer.add_figure, name, figure, step)
 
     def features(self, features: torch.Tensor, labels: list[str], step: int) -> None:
         """Features (n, D) for the projector."""
-        self.writer.add_embedding(features, metadata=labels, global_step=step, tag="features")
+        self._try(self.writer.add_embedding, features, metadata=labels, global_step=step, tag="features")
+
+    def _try(self, write: Callable, *args: Any, **kwargs: Any) -> None:
+        """A full disk must not end a run for the sake of a picture."""
+        try:
+            if not self.broken:
+                write(*args, **kwargs)
+        except OSError as error:
+            self.broken = True
+            print(f"warning: TensorBoard's files cannot be written ({error.strerror or error}): the run goes on without them", file=sys.stderr, flush=True)
 
 
 class StopSignal:

@@ -18,6 +18,7 @@ import math
 import re
 import statistics
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -59,7 +60,8 @@ def main(argv: list[str]) -> None:
     cfg = evaluate.settled(utils.load_config("visualize", argv))
     results = Path(cfg.result_path)
     evaluate.check_writable(results, "--result_path")
-    collected = sorted(path.stem for path in (results / "data").glob("*.*") if path.stem in FIGURES) if cfg.redraw else collect(cfg, results / "data")
+    wanted = set(FIGURES) if "all" in cfg.figures else {name for figure in cfg.figures for name in (("versions", "epochs") if figure == "accuracy" else (figure,))}
+    collected = sorted(path.stem for path in (results / "data").glob("*.*") if path.stem in wanted) if cfg.redraw else collect(cfg, wanted, results / "data")
     if not collected:
         raise utils.UserError(f"--redraw finds nothing in {str(results / 'data')!r}: leave it out, so that data are collected")
     for name, figure in {name: draw(results / "data", name) for name in collected}.items():  # written when nothing can fail any more
@@ -73,7 +75,7 @@ FIGURES = {"loss": "loss.png", "versions": "accr_model_compare.png", "epochs": "
 PICTURE_TRAIN, PICTURE_TEST = 10_000, 2_000  # images among which neighbours are looked for, and that are drawn as points
 
 
-def collect(cfg: SimpleNamespace, where: Path) -> list[str]:
+def collect(cfg: SimpleNamespace, wanted: set[str], where: Path) -> list[str]:
     """Everything that the figures show, left in the folder `where`; evaluates what is missing. Returns the names. UserError before any work for what is not there."""
     if cfg.pretrained is not None or cfg.encoder == "random":
         flag = "--encoder random" if cfg.encoder == "random" else f"--pretrained {cfg.pretrained!r}"
@@ -81,14 +83,16 @@ def collect(cfg: SimpleNamespace, where: Path) -> list[str]:
     launch = utils.checked(parallel.launch, cfg.device)
     if launch.processes > 1:
         raise utils.UserError("visualize.py runs as one process: evaluate with torchrun and test.py first, its results are reused")
-    wanted = set(cfg.figures) if "all" not in cfg.figures else {"loss", "accuracy", "views", "neighbours", "embedding", "filters"}
+    if cfg.dataset_root is None and "all" not in cfg.figures and (without := wanted & {"views", "neighbours", "embedding"}):
+        raise utils.UserError(f"--dataset_root is missing, of whose images the figure {sorted(without)[0]} is drawn")
     versions = [cfg.encoder_exp_version] if cfg.multiple_encoder_exp_version == ["auto"] else list(dict.fromkeys(cfg.multiple_encoder_exp_version))
     epochs = [] if "none" in cfg.multiple_pretrained_epoch else sorted(set(cfg.multiple_pretrained_epoch))
     root = utils.run_folder(cfg.encoder_output_root, cfg.encoder_dataset_name, versions[0]).parent
     for version, epoch in [(v, cfg.load_pretrained_epoch) for v in versions] + [(cfg.encoder_exp_version, e) for e in epochs]:
         for run in runs_of(version, cfg):
             utils.checkpoint_path(utils.run_folder(cfg.encoder_output_root, cfg.encoder_dataset_name, run), epoch)
-    logs = {version: [read_loss(root / run) for run in runs_of(version, cfg)] for version in loss_versions(cfg, root, versions)}
+    drawn = loss_versions(cfg, root, versions) if "loss" in wanted else []
+    logs = {version: [read_loss(root / run) for run in runs_of(version, cfg)] for version in drawn}
     if cfg.download and cfg.dataset_root is not None:
         dataloader.open_dataset(cfg.dataset_root, "train", view="center", resize="auto", crop=8, download=True)
     dataset = None if cfg.dataset_root is None else evaluate.data_name(cfg.dataset_root)
@@ -97,7 +101,7 @@ def collect(cfg: SimpleNamespace, where: Path) -> list[str]:
     if "loss" in wanted:
         data["loss"] = {version: [{"step": list(map(int, log["step"])), "loss": [round(loss, 4) for loss in log["loss"]]} | ({"chance": log["chance"]} if "chance" in log else {})
                                   for log in runs] for version, runs in logs.items()}
-    if "accuracy" in wanted:
+    if "versions" in wanted:
         found = {version: [accuracy_of(cfg, launch, run, cfg.load_pretrained_epoch, dataset) for run in runs_of(version, cfg)] for version in versions}
         found_epochs = {epoch: [accuracy_of(cfg, launch, run, epoch, dataset) for run in runs_of(cfg.encoder_exp_version, cfg)] for epoch in epochs}
         untrained = random_results(cfg, root, versions, next(iter(found.values()))[0][0])
@@ -120,8 +124,11 @@ def draw(where: Path, name: str) -> Figure:
     """A figure from what `collect` left in a folder."""
     if (where / f"{name}.npz").exists():
         pictures = {"views": views_figure, "neighbours": neighbours_figure, "embedding": embedding_figure, "filters": filters_figure}
-        with np.load(where / f"{name}.npz") as data:
-            return pictures[name](dict(data))
+        try:
+            with np.load(where / f"{name}.npz") as data:
+                return pictures[name](dict(data))
+        except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile):
+            raise utils.UserError(f"{str(where / name)}.npz is damaged: draw without --redraw") from None
     data = utils.read_json(where / f"{name}.json")
     if data is None:
         raise utils.UserError(f"{str(where / name)}.json is gone or damaged: draw without --redraw")
@@ -171,9 +178,9 @@ def picture_data(cfg: SimpleNamespace, run: str, wanted: set[str], launch: paral
         return data
     if "views" in wanted:
         config = subject.config
-        square = dataloader.open_dataset(cfg.dataset_root, "train", view="square", resize="auto", crop=config["crop"])
+        square = dataloader.open_dataset(cfg.dataset_root, "train", view="square", resize=config["resize"], crop=config["crop"])
         recipe = augment.recipe("v2" if config["aug_plus"] else "v1", config["crop"], scale=tuple(config["crop_scale"]), grayscale=config["grayscale"],
-                                mean=tuple(config["mean"]), std=tuple(config["std"]))
+                                grid=square.resize if config["pixel_boxes"] and square.native == square.resize else 0, mean=tuple(config["mean"]), std=tuple(config["std"]))
         data["views"] = views_data(square, recipe, cfg.seed)
     if not wanted & {"neighbours", "embedding"}:
         return data
@@ -279,7 +286,8 @@ def pooled(results: Sequence[tuple[dict[str, Any], torch.Tensor]]) -> list[list[
 def row_of(result: dict[str, Any], run: Path | None = None) -> dict[str, Any]:
     """A run's numbers: loss and contrast accuracy are means over its last epoch; minutes, the time of its steps."""
     row = {"knn_top1": round(result["knn_top1"], 2), "linear_top1": round(result["linear_top1"], 2), "commit": result["provenance"]["commit"]}
-    if run is not None and {"epoch", "contrast_top1", "images_per_second"} <= (log := utils.read_csv(run / "log.csv", ("step", "loss"))).keys():
+    log = utils.read_csv(run / "log.csv", ("step", "loss")) if run is not None and (run / "log.csv").exists() else {"step": []}
+    if log["step"] and {"epoch", "contrast_top1", "images_per_second"} <= log.keys():
         last = [i for i, epoch in enumerate(log["epoch"]) if epoch == log["epoch"][-1]]
         row |= {name: round(statistics.fmean(log[column][i] for i in last), 3) for name, column in (("loss", "loss"), ("contrast_top1", "contrast_top1"))}
         config = utils.read_yaml(run / "config.yaml") if (run / "config.yaml").exists() else {}
@@ -408,7 +416,7 @@ def accuracy_figure(accuracy: torch.Tensor, result: Mapping[str, Any]) -> Figure
         axes.plot(range(1, len(curve) + 1), curve, color=COLOURS["M3"], linewidth=1.3, alpha=0.8, marker="o" if len(curve) == 1 else None,
                   label=f"linear, {trials} trial{'s' * (trials > 1)}: {result['linear_top1']:.1f} %" if i == 0 else None)
     axes.axhline(result["knn_top1"], color=OTHER_COLOURS[0], linestyle="--", label=f"kNN, k = {result['knn_k']}: {result['knn_top1']:.1f} %")
-    name = "untrained" if result["encoder"] == "random" else f"epoch {result['epoch']}"
+    name = "untrained" if result["encoder"] == "random" else Path(result["checkpoint"]).name if result["epoch"] is None else f"epoch {result['epoch']}"
     axes.set(xlabel="epoch of the linear classifier", ylabel="test top-1 (%)", title=f"{result['arch']}, {name}, on {result['dataset']}")
     tidy(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
@@ -429,8 +437,8 @@ def confusion_figure(confusion: torch.Tensor, result: Mapping[str, Any]) -> Figu
                 if value >= 0.05:
                     axes.text(j, i, f"{value:.0f}" if classes > 10 else f"{value:.1f}", ha="center", va="center", fontsize=8, color="white" if value > 55 else "0.1")
     if classes <= 50:
-        axes.set_xticks(range(classes), [name[:16] for name in names], rotation=90 if classes > 3 else 0, fontsize=9 if classes <= 20 else 6)
-        axes.set_yticks(range(classes), [name[:16] for name in names], fontsize=9 if classes <= 20 else 6)
+        axes.set_xticks(range(classes), [name[:16] for name in names], rotation=90 if classes > 3 else 0, fontsize=9 if classes <= 20 else 6, parse_math=False)
+        axes.set_yticks(range(classes), [name[:16] for name in names], fontsize=9 if classes <= 20 else 6, parse_math=False)
     axes.set(xlabel="predicted class", ylabel="true class")
     axes.set_title(f"{result['arch']} on {result['dataset']}: share of the true class (%), top-1 {result['linear_top1']:.1f} %", fontsize=11)
     figure.colorbar(image, ax=axes, shrink=0.6, label="%")
@@ -500,7 +508,7 @@ def tidy(axes: Axes, ticks: int = 8) -> None:
 # Each figure in two halves: `*_data` collects what is to be seen as small arrays, which np.savez keeps without pickle; `*_figure` draws them.
 
 def views_data(dataset: Any, recipe: augment.Recipe, seed: int, count: int = 6) -> dict[str, np.ndarray]:
-    """`count` images of a data set that was opened with view "square", and the two views of each that a step of training would make.
+    """`count` images of a data set that was opened with view "square", and two views of each by a training's recipe.
 
     images uint8 (n, 1 or 3, S, S), aspect float32 (n,), their original width / height; query, key uint8 (n, 3, crop, crop), not normalised;
     names (n,), of the classes, "" where there is none. The images are of different classes, as far as possible.

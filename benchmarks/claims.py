@@ -10,10 +10,12 @@ data to RESULT_PATH/data. Ctrl-C stops the runs after their step; the same comma
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,15 +23,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import dataloader
+import evaluate
 import utils
 
 VERSIONS = ["M0", "M1", "M2", "M3"]
 
 
 class Lane:
-    """The commands of one run, one after the other."""
+    """The commands of one run, one after the other; one may be a function that says, when its turn has come, what there is to do."""
 
-    def __init__(self, name: str, folder: Path, commands: list[list[str]], environment: dict[str, str]) -> None:
+    def __init__(self, name: str, folder: Path, commands: list[list[str] | Callable[[], list[str]]], environment: dict[str, str]) -> None:
         self.name, self.folder, self.commands, self.environment = name, folder, commands, environment
         self.process: subprocess.Popen | None = None
 
@@ -39,12 +42,15 @@ class Lane:
             return True
         if self.process is not None and self.process.returncode:
             raise utils.UserError(f"{self.name} failed (status {self.process.returncode}): {self.last_line()} (all of it: {self.folder / 'claims.log'})")
-        if not self.commands:
-            return False
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "claims.log", "ab") as log:
-            self.process = subprocess.Popen([sys.executable, *self.commands.pop(0)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=self.environment)
-        return True
+        while self.commands:
+            command = self.commands.pop(0)
+            script, *flags = command if isinstance(command, list) else command() or [""]
+            if script:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with open(self.folder / "claims.log", "ab") as log:
+                    self.process = subprocess.Popen([sys.executable, str(ROOT / script), *flags], stdout=log, stderr=subprocess.STDOUT, env=self.environment)
+                return True
+        return False
 
     def last_line(self) -> str:
         lines = (self.folder / "claims.log").read_text(errors="replace").splitlines()
@@ -69,14 +75,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--result_path", default="img")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--versions", nargs="+", choices=VERSIONS, default=VERSIONS)
-    parser.add_argument("--lanes", type=int, default=os.cpu_count() or 1, help="runs side by side")
+    parser.add_argument("--lanes", type=int, help="runs side by side (default: the number of cores, on a GPU 1)")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv[:argv.index("--")] if "--" in argv else argv)
+    on_gpu = torch.cuda.is_available() and args.device != "cpu"
+    args.lanes = args.lanes if args.lanes is not None else 1 if on_gpu else os.cpu_count() or 1
+    if args.lanes < 1:
+        raise utils.UserError(f"--lanes {args.lanes} must be 1 or more")
     preset = [] if args.preset == "none" else [args.preset]
     place = [f"--device={args.device}"]
     flags = [*(["--preset", *preset] if preset else []), f"--encoder_output_root={args.output_root}", f"--encoder_dataset_name={args.dataset_name}",
              f"--dataset_root={args.test_root or args.dataset_root}", *place]
-    cores = str(max(1, (os.cpu_count() or 1) // args.lanes)) if not torch.cuda.is_available() or args.device == "cpu" else str(os.cpu_count())
+    cores = str(os.cpu_count() or 1) if on_gpu else str(max(1, (os.cpu_count() or 1) // args.lanes))
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", cores)}
 
     def options(version: str, seed: int) -> list[str]:
@@ -87,23 +97,31 @@ def main(argv: list[str]) -> None:
     epochs = cfg.max_epoch
     images = len(dataloader.open_dataset(args.dataset_root, "pretrain", view="square", resize=cfg.resize, crop=cfg.crop))
     steps = epochs * (images // cfg.batch_size)
-    waiting, folders = [], []
+    lanes, folders = [], []
     for seed in args.seeds:
         for version in args.versions:
-            folder = utils.run_folder(args.output_root, args.dataset_name, f"{version}-seed{seed}")
+            run = f"{version}-seed{seed}"
+            folder = utils.run_folder(args.output_root, args.dataset_name, run)
             folders.append(folder)
-            commands = [] if (folder / "checkpoints" / f"epoch_{epochs:04d}.pth.tar").exists() else [["train.py", *options(version, seed), "--resume"]]
-            tests = ["trained"] if not (folder / f"eval/epoch_{epochs:04d}/result.json").exists() else []
-            tests += ["random"] if version == args.versions[-1] and not (folder / "eval/random/result.json").exists() else []
-            commands += [["test.py", *flags, f"--encoder_exp_version={version}-seed{seed}", f"--encoder={encoder}"] for encoder in tests]
-            if commands:
-                waiting.append(Lane(folder.name, folder, commands, environment))
-    print(f"{len(folders)} runs of {steps:,} steps, {len(folders) - len(waiting)} of them done; {args.lanes} side by side, {environment['OMP_NUM_THREADS']} threads each", flush=True)
-    run_all(waiting, args.lanes, folders, steps)
-    command = ["visualize.py", *flags, f"--result_path={args.result_path}", f"--encoder_exp_version={args.versions[-1]}", "--multiple_encoder_exp_version", *args.versions,
-               "--loss_exp_version", *args.versions, "--seeds", *map(str, args.seeds), "--multiple_pretrained_epoch", *map(str, range(cfg.save_weight_epoch, epochs + 1, cfg.save_weight_epoch))]
-    print("python " + " ".join(command), flush=True)
-    sys.exit(subprocess.run([sys.executable, *command], cwd=ROOT).returncode)
+            evaluation = ["visualize.py", *flags, f"--encoder_exp_version={run}", f"--load_pretrained_epoch={epochs}", "--figures", "accuracy",  # reuses a result that fits
+                          f"--result_path={folder}/figures"]
+            lanes.append(Lane(run, folder, [["train.py", *options(version, seed), "--resume"], evaluation], environment))  # a run that is done has nothing left to do
+            if version == args.versions[-1]:
+                lanes[-1].commands.append(lambda folder=folder, run=run: untrained_command(folder, epochs, ["test.py", *flags, f"--encoder_exp_version={run}", "--encoder=random"]))
+    done = sum((folder / "checkpoints" / f"epoch_{epochs:04d}.pth.tar").exists() for folder in folders)
+    print(f"{len(folders)} runs of {steps:,} steps, {done} of them trained; {args.lanes} side by side, {environment['OMP_NUM_THREADS']} threads each", flush=True)
+    run_all(lanes, args.lanes, folders, steps)
+    kept = sorted({*range(cfg.save_weight_epoch, epochs + 1, cfg.save_weight_epoch), epochs})
+    command = ["visualize.py", *flags, f"--result_path={args.result_path}", f"--encoder_exp_version={args.versions[-1]}", f"--load_pretrained_epoch={epochs}",
+               "--multiple_encoder_exp_version", *args.versions, "--loss_exp_version", *args.versions, "--seeds", *map(str, args.seeds), "--multiple_pretrained_epoch", *map(str, kept)]
+    print("python " + shlex.join(command), flush=True)
+    sys.exit(subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]]).returncode)
+
+
+def untrained_command(folder: Path, epochs: int, command: list[str]) -> list[str]:
+    """The command, unless the untrained encoder was measured as the trained one was."""
+    trained, untrained = (evaluate.read_result(folder / "eval" / name) for name in (f"epoch_{epochs:04d}", "random"))
+    return [] if trained and untrained and evaluate.same_measure(trained, untrained) else command
 
 
 def run_all(waiting: list[Lane], lanes: int, folders: list[Path], steps: int) -> None:
@@ -124,7 +142,7 @@ def run_all(waiting: list[Lane], lanes: int, folders: list[Path], steps: int) ->
     except (KeyboardInterrupt, utils.UserError):
         for lane in running:
             if lane.process is not None and lane.process.poll() is None:
-                lane.process.send_signal(signal.SIGINT if lane.process.args[1] != "train.py" else signal.SIGTERM)
+                lane.process.send_signal(signal.SIGTERM)
         for lane in running:
             if lane.process is not None:
                 lane.process.wait()

@@ -56,16 +56,16 @@ def knn_speed(device: torch.device) -> str:
     return f"kNN, 10,000 against 60,000, 512 wide: {statistics.median(times):.1f} s (median of 3), peak memory + {parallel.peak_memory_mb(device) - before:.0f} MB (the whole matrix: 2,289 MB)"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> None:
+    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root")
     parser.add_argument("--pretrained", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="of the protocols on crops (default: theirs, 100)")
     parser.add_argument("--suiting_lr", type=float, default=0.3)
     parser.add_argument("--device", default="auto")
-    args = parser.parse_args()
-    launch = parallel.launch(args.device)
+    args = parser.parse_args(argv)
+    launch = utils.checked(parallel.launch, args.device)
     made_by = utils.provenance()
     print(f"commit {made_by['commit']}, torch {made_by['torch']}, {launch.name}\n\n{knn_speed(launch.device)}\n", flush=True)
     print("| seed | protocol | seconds | top-1 | seconds, cached = 1 | points, cached less it |\n| --- | --- | --- | --- | --- | --- |")
@@ -79,6 +79,7 @@ def main() -> None:
             cfg = evaluate.settled(utils.load_config("test", [*flags, *setting, *epochs, f"--seed={seed}"]))
             subject = evaluate.load_subject(cfg)
             subject.encoder.to(device=launch.device, memory_format=torch.channels_last).requires_grad_(False)
+            launch.wrap(subject.encoder)
             seconds, top1 = run(cfg, subject, args.root, launch)
             if "cached" in setting[0]:
                 cached = seconds, top1
@@ -87,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    utils.main_guard(main)

@@ -106,6 +106,7 @@ Q = "module.encoder_q."
     (lambda s: s.update({Q + "fc.weight": torch.zeros(8, 99)}), "head .* fc.weight 8 x 99"),
     (lambda s: s.pop(Q + "fc.bias"), "head .* but fc.weight 8 x 512"),
     (lambda s: s.update({Q + "conv1.weight": 3}), "conv1.weight is no tensor"),
+    (lambda s: s.update({Q + "layer1.0.extra.num_batches_tracked": torch.tensor(1)}), "do not fit a resnet18: .*extra"),
     (lambda s: [s.pop(key) for key in list(s) if "conv1.weight" in key], "neither MoCo's keys"),
     (lambda s: s.clear(), "neither MoCo's keys .* its first is 'none'"),
 ])
@@ -128,6 +129,13 @@ def test_settings_that_contradict_the_weights_are_refused(tmp_path: Path) -> Non
         load(tmp_path / "odd.pth.tar")
     with pytest.raises(utils.UserError, match="those of a resnet18, not of a resnet50"):
         load(path, "--arch=resnet50")
+
+
+def test_settings_that_are_not_ours_are_not_taken_for_ours(tmp_path: Path) -> None:
+    content = published(1, "resnet18")[0]
+    for config in ({"crop": "random", "mean": 3}, {"lr": 1}, {"crop": 32, "mean": [0.5]}):
+        torch.save(content | {"config": config}, tmp_path / "odd.pth.tar")
+        assert load(tmp_path / "odd.pth.tar").crop == 224
 
 
 def test_a_foreign_file_is_evaluated(tmp_path: Path) -> None:
@@ -199,6 +207,8 @@ def test_detectron2_s_names(arch: str, tmp_path: Path) -> None:
     depths, convs = ([2, 2, 2, 2], 2) if arch == "resnet18" else ([3, 4, 6, 3], 3)
     where = ["stem.conv1"] + [f"res{stage}.{block}.conv{i}" for stage, depth in enumerate(depths, 2) for block in range(depth) for i in range(1, convs + 1)]
     where += [f"res{stage}.0.shortcut" for stage in ((3, 4, 5) if arch == "resnet18" else (2, 3, 4, 5))]
+    printed = run("export", path, tmp_path / "R.pkl", "--format=detectron2", "--overwrite").stdout
+    assert f"DEPTH {arch[6:]} " in printed and ("RES2_OUT_CHANNELS 64" in printed) == (arch == "resnet18") and "PIXEL_MEAN [123.675, 116.28, 103.53]" in printed
     assert names == {f"{conv}.{end}" for conv in where for end in ("weight", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var")}
     state = ours.state_dict()
     assert torch.equal(torch.from_numpy(content["model"]["res4.0.shortcut.norm.running_var"]), state["layer3.0.downsample.1.running_var"])

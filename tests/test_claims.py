@@ -1,4 +1,4 @@
-"""benchmarks/claims.py on miniature data: all of it once, and nothing twice."""
+"""benchmarks/claims.py on miniature data."""
 
 import json
 import subprocess
@@ -9,13 +9,13 @@ from data import write_fashion_mnist
 from evaluation_data import ROOT
 
 
-def claims(place: Path, *flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "benchmarks" / "claims.py"), str(place / "data"), f"--output_root={place}/output", f"--result_path={place}/img", "--device=cpu", *flags]
+def claims(place: Path, *flags: str, more: list[str] | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "benchmarks" / "claims.py"), "data", "--output_root=output", "--result_path=img", "--device=cpu"]
     tiny = ["--num_keys=16", "--batch_size=20", "--bn_groups=2", "--max_epoch=2", "--save_weight_epoch=1", "--log_every=1"]
-    return subprocess.run([*command, "--seeds", "3", "--versions", "M0", "M3", "--lanes=2", "--", *tiny], capture_output=True, text=True, timeout=300)
+    return subprocess.run([*command, "--seeds", "3", "--versions", "M0", "M3", "--lanes=2", *flags, "--", *tiny, *(more or [])], cwd=place, capture_output=True, text=True, timeout=300)
 
 
-def test_the_experiment_runs_through_and_is_not_run_twice(tmp_path: Path) -> None:
+def test_the_experiment_runs_through_and_another_does_not_pass_for_it(tmp_path: Path) -> None:
     write_fashion_mnist(tmp_path / "data", train=40, test=20)
     done = claims(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -27,14 +27,13 @@ def test_the_experiment_runs_through_and_is_not_run_twice(tmp_path: Path) -> Non
     assert len(list((tmp_path / "img").glob("*.png"))) >= 6 and json.loads((tmp_path / "img/data/versions.json").read_text())["untrained"]
     logs = [path.read_text() for path in sorted(runs.glob("*/log.csv"))]
 
-    (runs / "M3-seed3/eval/random/result.json").unlink()
-    done = claims(tmp_path)
-    assert done.returncode == 0 and "1 of them done" in done.stdout and (runs / "M3-seed3/eval/random/result.json").exists(), done.stderr
-    assert [path.read_text() for path in sorted(runs.glob("*/log.csv"))] == logs
-    assert (runs / "M0-seed3/eval/epoch_0002/result.json").read_text() == results[runs / "M0-seed3/eval/epoch_0002/result.json"]
+    done = claims(tmp_path, more=["--lr=0.5"])  # another experiment is not this one
+    assert done.returncode == 2 and "--resume with other settings" in done.stderr.splitlines()[-1] and "lr 0.03 -> 0.5" in done.stderr.splitlines()[-1], done.stderr
+    assert [path.read_text() for path in sorted(runs.glob("*/log.csv"))] == logs and {path: path.read_text() for path in runs.glob("*/eval/*/result.json")} == results
 
 
 def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
-    done = claims(tmp_path)
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(lines) == 1 and "is no folder" in lines[0], done.stderr
+    for flags, words in (([], "'data' is no folder"), (["--lanes=0"], "--lanes 0 must be 1 or more")):
+        done = claims(tmp_path, *flags)
+        lines = done.stderr.strip().splitlines()
+        assert done.returncode == 2 and len(lines) == 1 and words in lines[0], done.stderr

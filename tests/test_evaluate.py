@@ -300,6 +300,17 @@ def test_untrained_encoder_is_the_one_that_the_run_started_from(place: Path) -> 
     assert torch.equal(encoder.conv1.weight, moco.encoder_q.conv1.weight)
 
 
+def test_a_checkpoint_between_epochs_has_a_folder_of_its_own_and_a_replaced_result_is_said(place: Path) -> None:
+    folder = place / "output" / "IMAGENET-64" / "v1" / "checkpoints"
+    between = utils.load_checkpoint(folder / "epoch_0002.pth.tar") | {"step": 263, "images": 100 * 256}  # 100 steps an epoch
+    utils.save_checkpoint(place / "between" / "IMAGENET-64" / "v1" / "checkpoints" / "last.pth.tar", between)
+    flags = [f"--dataset_root={place}/data", *FAST]
+    done = run("test.py", f"--encoder_output_root={place}/between", *flags)
+    assert done.returncode == 0 and (place / "between/IMAGENET-64/v1/eval/step_000263/result.json").exists(), done.stderr
+    assert "replaces" not in done.stdout
+    assert "replaces the result" in (done := run("test.py", f"--encoder_output_root={place}/between", *flags, "--seed=3")).stdout and "seed 0 -> 3" in done.stdout
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--load_pretrained_epoch=9"], "it has epochs 1, 2"),
     (["--encoder_exp_version=M9"], "runs there: v1"),

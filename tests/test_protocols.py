@@ -104,7 +104,7 @@ def test_learning_rates_are_those_of_the_scripts(protocol: str, shares: list[flo
 
 
 def online(square, encoder, **changes) -> dict:
-    cfg = evaluate.settled(utils.load_config("test", [*FAST, "--protocol=reference", "--linear_lrs", "0.1", "--linear_batch_size=16"]))
+    cfg = evaluate.settled(utils.load_config("test", [*FAST, "--protocol=original", "--linear_epochs=5", "--linear_lrs", "0.1", "--linear_batch_size=16"]))
     cfg = SimpleNamespace(**vars(cfg) | {"precision": "fp32"} | changes)
     recipe = evaluate.crop_recipe(16, [0.5] * 3, [0.25] * 3)
     tests = torch.rand(12, 512, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
@@ -123,10 +123,10 @@ def test_the_online_classifier_is_sgd_on_random_crops_of_a_frozen_encoder(place:
     layer.weight.data, layer.bias.data = 0.01 * torch.randn(3, 512, generator=utils.generator(0, "linear weights", 1)), torch.zeros(3)
     optimizer, step = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9), 0
     encoder.eval()
-    for epoch in range(2):
+    for epoch in range(5):
         order = torch.randperm(60, generator=utils.generator(0, "linear order 1", epoch))
         for group in optimizer.param_groups:
-            group["lr"] = 0.1 if epoch == 0 else 0.1  # half of two epochs is before 60 %
+            group["lr"] = 0.1 * 0.2 ** epoch
         for rows in order[:48].split(16):
             batch = square.fetch(rows)
             recipe = evaluate.crop_recipe(16, [0.5] * 3, [0.25] * 3)
@@ -193,6 +193,9 @@ def test_more_stored_views_are_random_crops_of_the_same_images_whatever_the_batc
     views, labels = evaluate.stored_views(cfg, subject, train, square, torch.arange(60), parallel.OneDevice())
     assert views.shape == (4, 60, 512) and torch.equal(labels, train.labels)
     assert not torch.equal(views[2], views[3])
+    cfg.eval_batch_size = 7
+    again, _ = evaluate.stored_views(cfg, subject, train, square, torch.arange(60), parallel.OneDevice())
+    torch.testing.assert_close(again, views, rtol=1e-4, atol=1e-4)
     cosine = F.cosine_similarity(views[2] - views[2].mean(0), views[0] - views[0].mean(0))
     assert cosine.mean() > F.cosine_similarity(views[2] - views[2].mean(0), (views[0] - views[0].mean(0)).roll(7, 0)).mean() + 0.05
 
@@ -246,7 +249,7 @@ TINY = ["--arch=resnet18", "--crop=16", "--resize=16", "--feature_dim=8", "--num
 def test_knn_while_training_is_measured_and_changes_nothing(tmp_path: Path) -> None:
     write_folders(tmp_path / "data", classes=4, train=20, test=5, size=20)
     states = []
-    for name, flags in (("without", []), ("with", ["--knn_every=2"])):
+    for name, flags in (("without", []), ("with", ["--knn_every=2", f"--knn_root={tmp_path}/data"])):
         done = run("train", f"--dataset_root={tmp_path}/data", f"--output_root={tmp_path}", f"--exp_version={name}", *TINY, *flags)
         assert done.returncode == 0, done.stderr
         states.append(utils.load_checkpoint(tmp_path / "IMAGENET-64" / name / "checkpoints" / "last.pth.tar")["state_dict"])
@@ -260,11 +263,13 @@ def test_knn_while_training_is_measured_and_changes_nothing(tmp_path: Path) -> N
     assert result["knn_top1"] == pytest.approx(log["knn_top1"][-1]), done.stderr  # the same encoder, images, and vote
 
 
-def test_class_folders_lend_a_tenth_as_questions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("below", ["", "train"])
+def test_a_tenth_of_the_training_images_asks(tmp_path: Path, below: str) -> None:
     write_folders(tmp_path, classes=3, train=20, test=5, size=20)
-    cfg = utils.load_config("train", [f"--dataset_root={tmp_path}/train", *TINY, "--knn_every=1"])
+    cfg = utils.load_config("train", [f"--dataset_root={tmp_path / below}", *TINY, "--knn_every=1"])
     monitor = evaluate.Monitor(cfg, parallel.OneDevice())
     (dataset, voters), (_, askers) = monitor.parts
+    assert all("/train/" in path for path in dataset.paths)
     assert torch.bincount(dataset.labels[askers]).tolist() == [2, 2, 2] and torch.bincount(dataset.labels[voters]).tolist() == [18, 18, 18]
     assert not set(voters.tolist()) & set(askers.tolist())
     cfg.knn_images = 20
@@ -285,16 +290,22 @@ def test_alignment_uniformity_and_rank_have_their_closed_forms() -> None:
     assert float(model.effective_rank(q.T)) == pytest.approx(float(torch.exp(-(p * p.log()).sum())), rel=1e-6)
 
 
-def test_the_log_shows_a_collapse(tmp_path: Path) -> None:
-    """Without any learning the keys of an untrained encoder are nearly one point; after training they are not."""
+def test_the_log_holds_what_the_keys_of_the_queue_show(tmp_path: Path) -> None:
+    """The last row against the checkpoint, whose queue of 16 holds the keys of the last batch of 16."""
     write_folders(tmp_path / "data", classes=4, train=20, test=5, size=20)
-    run("train", f"--dataset_root={tmp_path}/data", f"--output_root={tmp_path}", *TINY)
+    assert run("train", f"--dataset_root={tmp_path}/data", f"--output_root={tmp_path}", *TINY).returncode == 0
     log = utils.read_csv(tmp_path / "IMAGENET-64/v1/log.csv")
-    assert all(0 <= a <= 4 for a in log["alignment"]) and all(u <= 0 for u in log["uniformity"]) and all(1 <= r <= 8 for r in log["effective_rank"])
+    queue = utils.load_checkpoint(tmp_path / "IMAGENET-64/v1/checkpoints/last.pth.tar")["state_dict"]["module.queue"].double()
+    singular = torch.linalg.svdvals(queue)
+    p = singular / singular.sum()
+    assert log["effective_rank"][-1] == pytest.approx(float(torch.exp(-(p * p.log()).sum())), rel=1e-3)
+    distances = torch.pdist(queue.T).square()
+    assert log["uniformity"][-1] == pytest.approx(float((-2 * distances).exp().mean().log()), rel=1e-3)
+    assert all(0 < a < 4 for a in log["alignment"])
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--knn_every=1", "--knn_root=nowhere"], "nowhere"), (["--knn_every=-1"], "--knn_every -1"), (["--knn_every=1", "--knn_images=3"], "--knn_images 3")])
+    (["--knn_every=1", "--knn_root=nowhere"], "--knn_root 'nowhere' is no folder"), (["--knn_root=x"], "no use without --knn_every"), (["--knn_every=-1"], "--knn_every -1"), (["--knn_every=1", "--knn_images=3"], "--knn_images 3")])
 def test_bad_questions_are_one_line(tmp_path: Path, flags: list[str], words: str) -> None:
     write_folders(tmp_path / "data", classes=4, train=20, test=5, size=20)
     done = run("train", f"--dataset_root={tmp_path}/data", f"--output_root={tmp_path}/out", *TINY, *flags)

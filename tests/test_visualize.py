@@ -171,6 +171,7 @@ def test_figures_of_runs(place: Path) -> None:
             assert len(image.convert("RGB").resize((400, 200)).getcolors(80000)) > 20
 
     assert run("test.py", output, data, "--encoder_exp_version=M3", "--encoder=random", *FAST).returncode == 0
+    flags += ["--figures", "loss", "accuracy"]
     done = run("visualize.py", *flags)
     assert done.returncode == 0 and "evaluating" not in done.stdout
     shown = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line}
@@ -188,8 +189,8 @@ def test_a_result_of_another_measure_or_data_set_or_a_damaged_one_is_not_reused(
     for part in ("one", "two"):
         class_folders(tmp_path / part / "data", seed=0, per_class=8 if part == "one" else 6)
     home = fabricated_run(tmp_path / "output", "M1", epochs=(1,))
-    flags = [f"--encoder_output_root={tmp_path}/output", f"--result_path={tmp_path}/img", "--encoder_exp_version=M1", *FAST]
-    assert run("test.py", *flags[:1], *flags[2:], f"--dataset_root={tmp_path}/one/data", "--encoder=random", "--linear_views=1").returncode == 0
+    flags = [f"--encoder_output_root={tmp_path}/output", f"--result_path={tmp_path}/img", "--figures", "accuracy", "loss", "--encoder_exp_version=M1", *FAST]
+    assert run("test.py", flags[0], *flags[5:], f"--dataset_root={tmp_path}/one/data", "--encoder=random", "--linear_views=1").returncode == 0
 
     def says(word: str, *more: str) -> None:
         done = run("visualize.py", *flags, *more)
@@ -274,6 +275,11 @@ def test_only_the_figures_that_are_asked_for(place: Path, tmp_path: Path) -> Non
     assert done.returncode == 0 and sorted(p.name for p in tmp_path.glob("*.png")) == ["filters.png", "loss.png"], done.stderr
     assert one_line(run("visualize.py", *flags, f"--result_path={tmp_path}/x", "--figures", "losses"), "--figures 'losses'")
     assert one_line(run("visualize.py", "--redraw", f"--result_path={tmp_path}/none"), "--redraw finds nothing")
+    assert one_line(run("visualize.py", *flags, f"--result_path={tmp_path}/x", "--figures", "views", "loss"), "--dataset_root is missing")
+    (tmp_path / "data" / "filters.npz").write_bytes(b"PK")
+    assert one_line(run("visualize.py", "--redraw", f"--result_path={tmp_path}"), "filters.npz is damaged")
+    assert run("visualize.py", "--redraw", "--figures", "loss", f"--result_path={tmp_path}").returncode == 0
+    (tmp_path / "data" / "filters.npz").unlink()
     (tmp_path / "data" / "loss.json").write_text("{")
     assert one_line(run("visualize.py", "--redraw", f"--result_path={tmp_path}"), "loss.json is gone or damaged")
 
@@ -295,7 +301,7 @@ def test_tensorboard_gets_scalars_views_neighbours_and_features(place: Path, tmp
     events, log = EventAccumulator(str(folder / "tensorboard")).Reload(), utils.read_csv(folder / "log.csv")
     for name in ("loss", "effective_rank"):
         assert [(event.step, event.value) for event in events.Scalars(name)] == [(step, pytest.approx(value, rel=1e-4)) for step, value in zip(log["step"], log[name])]
-    assert [event.step for event in events.Scalars("knn_top1")] == [3, 6]
+    assert [event.step for event in events.Scalars("knn_top1")] == [3, 6] and [event.step for event in events.Images("views")] == [2, 3, 6]
     assert set(events.Tags()["images"]) == {"views", "neighbours"} and list((folder / "tensorboard").rglob("tensors.tsv"))
 
 
