@@ -18,6 +18,7 @@ demo: .venv/installed
 
 claims: .venv/installed
 	@test -n "$(DATA)" || { echo "error: make claims needs Fashion-MNIST: make claims DATA=ROOT/fashion-mnist" >&2; exit 2; }
+	@$(RUN) -m pip install --quiet --disable-pip-version-check "scikit-learn>=1.4"  # for the map of the features
 	$(RUN) benchmarks/claims.py $(DATA)
 
 figures: .venv/installed

@@ -13,8 +13,9 @@ operation runs over contiguous memory. The flip commutes with all that follows t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +79,13 @@ def recipe(version: str, crop: int, **overrides) -> Recipe:
         plus = Recipe(crop=crop, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grayscale_first=False, blur_p=0.5)
         return replace(plus, **overrides)
     raise ValueError(f"augmentation {version!r} is unknown, choose v1 or v2")
+
+
+def training_recipe(config: Mapping[str, Any], grid: int = 0) -> Recipe:
+    """The recipe that the settings of train.py describe (config.yaml); `grid` as in `Recipe`, used if `pixel_boxes` is set."""
+    version, blur = ("v2", config["blur"]) if config["aug_plus"] else ("v1", 0.0)
+    return recipe(version, config["crop"], scale=tuple(config["crop_scale"]), grayscale=config["grayscale"], blur_p=blur,
+                  grid=grid if config["pixel_boxes"] else 0, mean=tuple(config["mean"]), std=tuple(config["std"]))
 
 
 @dataclass(frozen=True)

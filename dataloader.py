@@ -60,9 +60,6 @@ class Batch:
     labels: Tensor
     failed: list[str]
 
-    def to(self, device: torch.device) -> "Batch":
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in ("images", "aspect", "labels")})
-
     def pin_memory(self) -> "Batch":
         return replace(self, images=self.images.pin_memory())
 
@@ -366,7 +363,7 @@ class FolderImages:
         return len(self.paths)
 
     def __getitem__(self, indices: list[int]) -> Batch:
-        return self.fetch(torch.tensor(indices))
+        return self.fetch(torch.tensor(indices, dtype=torch.long))
 
     def fetch(self, indices: Tensor) -> Batch:
         side = self.resize if self.view == "square" else self.crop

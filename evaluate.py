@@ -92,6 +92,15 @@ def crop_recipe(crop: int, mean: Sequence[float], std: Sequence[float], smallest
 # ---------------------------------------------------------------------------------------------------------------------------- kNN
 
 @torch.no_grad()
+def nearest(bank: torch.Tensor, queries: torch.Tensor, k: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The k nearest by cosine of the bank (n, D) to each query (m, D), in blocks of b queries, on the device of the bank: yields the places of the
+    queries (b,), similarities (b, k), the nearest first, and rows of the bank (b, k)."""
+    bank = F.normalize(bank, dim=1)
+    for rows in torch.arange(len(queries)).split(max(1, BLOCK // len(bank))):
+        yield rows, *(F.normalize(queries[rows].to(bank.device), dim=1) @ bank.T).topk(k, dim=1)
+
+
+@torch.no_grad()
 def knn_hits(train_features: torch.Tensor, train_labels: torch.Tensor, test_features: torch.Tensor, test_labels: torch.Tensor,
              k: int = 200, temperature: float = 0.07, weighted: bool = True) -> int:
     """How many test images a vote of the k nearest training features by cosine gets right, on the device of `train_features` (n, D).
@@ -101,15 +110,11 @@ def knn_hits(train_features: torch.Tensor, train_labels: torch.Tensor, test_feat
     """
     if not 1 <= k <= len(train_features):
         raise ValueError(f"k {k} must be from 1 to the number of training images, {len(train_features)}")
-    device, classes = train_features.device, int(train_labels.max()) + 1
-    bank, bank_labels = F.normalize(train_features, dim=1), train_labels.to(device)
-    hits = 0
-    for rows in torch.arange(len(test_features)).split(max(1, BLOCK // len(bank))):
-        queries = F.normalize(test_features[rows].to(device), dim=1)
-        similarity, nearest = (queries @ bank.T).topk(k, dim=1)
+    hits, classes, bank_labels = 0, int(train_labels.max()) + 1, train_labels.to(train_features.device)
+    for rows, similarity, neighbours in nearest(train_features, test_features, k):
         # dividing all weights of a row by the largest changes no vote and cannot overflow
         weights = torch.exp((similarity - similarity[:, :1]) / temperature) if weighted else torch.ones_like(similarity)
-        votes = weights.new_zeros(len(rows), classes).scatter_add_(1, bank_labels[nearest], weights)
+        votes = weights.new_zeros(len(rows), classes).scatter_add_(1, bank_labels[neighbours], weights)
         hits += int((votes.argmax(dim=1).cpu() == test_labels[rows]).sum())
     return hits
 
@@ -214,6 +219,12 @@ def stratified(labels: torch.Tensor, fraction: float, generator: torch.Generator
     return torch.cat(parts).sort().values
 
 
+def check_choice(labels: torch.Tensor) -> None:
+    """UserError if no class has two images, so that none can be held out to choose a learning rate on."""
+    if int(torch.bincount(labels.cpu()).max()) < 2:
+        raise utils.UserError(f"{len(labels)} training images, one for each class, leave none to choose a learning rate on: give one --linear_lrs")
+
+
 def linear_evaluation(views: torch.Tensor, labels: torch.Tensor, test_features: torch.Tensor, test_labels: torch.Tensor, *, epochs: int,
                       lrs: Sequence[float], trials: Sequence[int], seed: int = 0, batch_size: int = 256, classes: int | None = None) -> dict[str, Any]:
     """A linear classifier on frozen features; the test split decides nothing.
@@ -229,9 +240,8 @@ def linear_evaluation(views: torch.Tensor, labels: torch.Tensor, test_features: 
     heldout: dict[str, float] = {}
     best = float(lrs[0])
     if len(lrs) > 1:
+        check_choice(labels)
         kept, held = held_out(labels, 0.1, utils.generator(seed, "linear held out"))
-        if not len(held):
-            raise utils.UserError(f"{len(labels)} training images, one for each class, leave none to choose a learning rate on: give one --linear_lrs")
         _, _, chosen = train_linear(views, labels, views[0, held.to(views.device)], labels[held], lrs=lrs, trials=[0], rows=kept, **options)
         heldout = {f"{lr:g}": round(float(top1), 4) for lr, top1 in zip(lrs, chosen[0, :, -1])}
         best = float(lrs[int(chosen[0, :, -1].argmax())])
@@ -239,6 +249,7 @@ def linear_evaluation(views: torch.Tensor, labels: torch.Tensor, test_features: 
     if not (weight.isfinite().all() and bias.isfinite().all()):
         raise utils.UserError(f"the linear classifier diverged at learning rate {best:g}: give smaller --linear_lrs")
     predicted = torch.stack([top_classes(test_features, w.cpu(), b.cpu()) for w, b in zip(weight[:, 0], bias[:, 0])])
+    accuracy[:, 0, -1] = 100 * (predicted[..., 0] == test_labels).double().mean(dim=1)  # the same numbers everywhere, whatever the device's rounding
     return {"learning_rate": best, "heldout_top1": heldout, "accuracy": accuracy[:, 0], "predicted": predicted, "weight": weight[:, 0].cpu(), "bias": bias[:, 0].cpu()}
 
 
@@ -293,12 +304,13 @@ def train_on_crops(cfg: SimpleNamespace, encoder: nn.Module, dataset: Any, recip
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
+            trained = [classifier, encoder] if cfg.finetune else [classifier]
+            if not all(value.isfinite().all() for module in trained for value in module.state_dict().values()):
+                raise utils.UserError(f"the linear classifier diverged at learning rate {lr:g}: give smaller --linear_lrs" + " and --finetune_lr" * cfg.finetune)
             if cfg.finetune:
                 tests = test_features()
             predicted = top_classes(tests, classifier.weight.detach().cpu(), classifier.bias.detach().cpu())
             accuracy[epoch] = 100 * (predicted[:, 0] == test_labels).double().mean()
-    if not all(p.isfinite().all() for p in classifier.parameters()):
-        raise utils.UserError(f"the linear classifier diverged at learning rate {lr:g}: give smaller --linear_lrs" + " and --finetune_lr" * cfg.finetune)
     return {"accuracy": accuracy, "predicted": predicted, "weight": classifier.weight.detach().cpu(), "bias": classifier.bias.detach().cpu()}
 
 
@@ -350,7 +362,7 @@ def settled(cfg: SimpleNamespace) -> SimpleNamespace:
 
 @dataclass
 class Subject:
-    """An encoder to evaluate, and where its results go: `home`/`stem`; `foreign`: a file outside of the run; `found`: what the file holds."""
+    """An encoder to evaluate, and where its results go: `home`/`stem`; `foreign`: a file outside of the run; `found`: what the file holds, where that is news."""
     encoder: nn.Module
     home: Path
     stem: str
@@ -359,7 +371,7 @@ class Subject:
     crop: int
     mean: list[float]
     std: list[float]
-    record: dict[str, Any]  # what result.json says of it: encoder, arch, checkpoint, epoch, step
+    record: dict[str, Any]  # what result.json says of it: encoder, arch, checkpoint, epoch, step, first_weights
     config: dict[str, Any] = field(default_factory=dict)  # of its training
 
     @property
@@ -387,7 +399,7 @@ def load_subject(cfg: SimpleNamespace) -> Subject:
     checkpoint = utils.load_checkpoint(path, bare=cfg.pretrained is not None) if path else {}
     # training's defaults serve an untrained encoder that has no run; files from elsewhere are of ImageNet at 224 px
     keys = utils.config_keys("train")
-    own = own_config(checkpoint, keys)
+    own = own_config(checkpoint, keys, strict=path if cfg.pretrained is None else None)
     config = {name: key.default for name, key in keys.items()} | (own or ({"seed": cfg.seed} if path is None else {"crop": 224}))
     if untrained:
         arch = checkpoint.get("arch") or (config["arch"] if cfg.arch == "auto" else cfg.arch)
@@ -401,20 +413,27 @@ def load_subject(cfg: SimpleNamespace) -> Subject:
         stem = f"step_{step:06d}" if between else f"epoch_{epoch or 0:04d}"
         stem = re.sub(r"(\.(pth|pt|tar))+$", "", path.name) if epoch is None or cfg.pretrained is not None else stem
     crop = config["crop"] if cfg.crop == "auto" else cfg.crop
-    found = f"{found}" + f"; it does not say its settings: crop {crop} px, ImageNet's mean and deviation" * (not own) if found else ""
+    silent = f"; it does not say its settings: crop {crop} px, ImageNet's mean and deviation" * (not own)
+    found = f"{found}{silent}" if found and (silent or cfg.pretrained is not None) else ""
+    first = {name: config[name] for name in ("seed", "feature_dim", "mlp", "small_stem")} if own or untrained else None
     record = {"encoder": cfg.encoder, "arch": arch, "checkpoint": None if untrained else str(path), "epoch": epoch,
-              "step": None if untrained else checkpoint.get("step")}
+              "step": None if untrained else checkpoint.get("step"), "first_weights": first}
     return Subject(encoder=model.backbone(encoder), home=home, stem=stem, foreign=cfg.pretrained is not None, found=found,
                    crop=crop, mean=config["mean"], std=config["std"], record=record, config=config)
 
 
-def own_config(checkpoint: dict[str, Any], keys: dict[str, utils.Key]) -> dict[str, Any]:
-    """The settings in a checkpoint, if they are those of train.py, else none: other programs call other things config."""
+def own_config(checkpoint: dict[str, Any], keys: dict[str, utils.Key], strict: Path | None = None) -> dict[str, Any]:
+    """The settings in a checkpoint, if they are those of train.py, else none: other programs call other things config.
+
+    `strict` names the checkpoint of a run, whose settings must be valid where there are any: UserError.
+    """
     config = checkpoint.get("config") or {}
     try:
         own = {name: keys[name].accepts(value) for name, value in config.items() if name in keys}
         return own if "crop" in own and all(len(own.get(name, "rgb")) == 3 for name in ("mean", "std")) else {}
-    except utils.UserError:
+    except utils.UserError as error:
+        if strict is not None:
+            raise utils.UserError(f"checkpoint {str(strict)!r} has settings that are not valid: {error}") from None
         return {}
 
 
@@ -479,7 +498,7 @@ def _any_result(folder: Path) -> dict[str, Any]:
 def read_result(folder: Path) -> dict[str, Any] | None:
     """The result.json of a folder, or None where there is none that is whole."""
     result = _any_result(folder)
-    return result if {*SAME_MEASURE, "linear_top1", "knn_top1", "trials", "encoder", "epoch"} <= result.keys() else None
+    return result if {*SAME_MEASURE, "linear_top1", "knn_top1", "trials", "encoder", "epoch", "first_weights", "class_names"} <= result.keys() else None
 
 
 def settings(cfg: SimpleNamespace, subject: Subject) -> dict[str, Any]:
@@ -493,6 +512,12 @@ def settings(cfg: SimpleNamespace, subject: Subject) -> dict[str, Any]:
 def same_measure(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two results, of whatever encoders, were measured in the same way on the same data."""
     return all(a[name] == b[name] for name in SAME_MEASURE)
+
+
+def is_baseline(untrained: dict[str, Any], trained: dict[str, Any]) -> bool:
+    """Whether a result is that of the untrained encoder from which another's training started, measured in the same way."""
+    first = trained["first_weights"]
+    return untrained["encoder"] == "random" and first is not None and untrained["first_weights"] == first and same_measure(untrained, trained)
 
 
 def evaluate_subject(cfg: SimpleNamespace, subject: Subject, launch: parallel.OneDevice) -> tuple[Path, dict[str, Any], dict[str, Any]]:
@@ -511,20 +536,19 @@ def evaluate_subject(cfg: SimpleNamespace, subject: Subject, launch: parallel.On
         raise utils.UserError("--finetune is for one process on one device: use plain python, and CUDA_VISIBLE_DEVICES=0")
     device, first = launch.device, launch.rank == 0
     cfg = SimpleNamespace(**vars(cfg))
-    asked, cfg.precision = cfg.precision, utils.checked(parallel.pick_precision, cfg.precision, device)
+    cfg.precision = utils.checked(parallel.pick_precision, cfg.precision, device)
     open_split = functools.partial(dataloader.open_dataset, cfg.dataset_root, crop=subject.crop, download=cfg.download)
     train, test = (open_split(split, view="center", resize=cfg.resize) for split in ("train", "test"))
     square = open_split("train", view="square", resize="auto") if cfg.protocol != "cached" or cfg.linear_views > 2 else None
-    chosen = stratified(train.labels, cfg.train_fraction, utils.generator(cfg.seed, "train fraction")) if cfg.train_fraction < 1 else torch.arange(len(train))
+    chosen = chosen_images(cfg, train.labels)
     folds = dataloader.stl10_folds(cfg.dataset_root, len(train)) if cfg.folds else None
-    if min(len(chosen), len(test)) < launch.processes ** 2:
-        raise utils.UserError(f"{min(len(chosen), len(test))} images are too few for {launch.processes} processes: evaluate with plain python")
+    check_sizes(cfg, subject, train.labels, chosen, folds, len(test), launch.processes)
     folder = result_folder(subject, data_name(cfg.dataset_root), kind_of(cfg.protocol, cfg.train_fraction, cfg.folds))
     voters = min(map(len, folds)) if folds else len(chosen)
     k = min(cfg.knn_k, voters)
     if first:
         check_writable(folder, "--encoder_output_root")
-        earlier, now = _any_result(folder), settings(cfg, subject) | {"dataset_root": data_path(cfg.dataset_root), "precision": asked}
+        earlier, now = _any_result(folder), settings(cfg, subject) | {"dataset_root": data_path(cfg.dataset_root)}
         changed = [f"{name} {earlier[name]} -> {value}" for name, value in now.items() if name in earlier and earlier[name] != value]
         print(f"note     replaces the result in {folder}: {', '.join(changed)}\n" * bool(changed), end="")
     if first and k < cfg.knn_k:
@@ -533,8 +557,7 @@ def evaluate_subject(cfg: SimpleNamespace, subject: Subject, launch: parallel.On
         part = f"{len(chosen):,} of " if len(chosen) < len(train) else ""
         print(f"note     {launch.note}\n" * bool(launch.note) + f"data     {train.name}: {part}{len(train):,} training and {len(test):,} test images, {len(train.classes)} classes, "
               f"shorter side {train.resize} px, crop {subject.crop} px ({launch.name}, {cfg.precision})", flush=True)
-    subject.encoder.to(device=device, dtype=parallel.precision_dtype(cfg.precision), memory_format=torch.channels_last)
-    launch.wrap(subject.encoder.requires_grad_(False))
+    ready(subject.encoder, launch, cfg.precision)
     views, labels = stored_views(cfg, subject, train, square, chosen, launch)
     test_features, test_labels = dataset_features(cfg, subject, test, launch)
     views = views.to(launch.float64_device if fits_on(launch.float64_device, views) else "cpu")
@@ -561,7 +584,7 @@ def evaluate_subject(cfg: SimpleNamespace, subject: Subject, launch: parallel.On
     result = {"linear_top1": found.pop("linear_top1"), "knn_top1": statistics.fmean(knn), **({"knn_top1_std": statistics.stdev(knn)} if folds else {}), **found,
               "learning_rate": statistics.mode(chosen_rates), "heldout_top1": heldout, "knn_k": k, "dataset": data_name(cfg.dataset_root),
               "dataset_root": data_path(cfg.dataset_root), "train_images": len(chosen), "test_images": len(test), "classes": len(train.classes),
-              "class_names": train.classes, "resize": train.resize, **settings(cfg, subject), "precision": asked,
+              "class_names": train.classes, "resize": train.resize, **settings(cfg, subject),
               "seconds": round(time.monotonic() - start, 1), "provenance": utils.provenance()}
     if first:
         save_results(folder, result, linear)
@@ -571,14 +594,41 @@ def evaluate_subject(cfg: SimpleNamespace, subject: Subject, launch: parallel.On
 def online_trial(cfg: SimpleNamespace, subject: Subject, square: Any, rows: torch.Tensor, number: int, test: Any, test_features: torch.Tensor,
                  test_labels: torch.Tensor, launch: parallel.OneDevice) -> dict[str, Any]:
     """A trial of `train_on_crops`; a finetuned one begins with a copy of the encoder, and gives it back."""
-    if len(rows) < launch.processes ** 2:
-        raise utils.UserError(f"{len(rows)} training images are too few for {launch.processes} processes: evaluate with plain python")
     encoder = copy.deepcopy(subject.encoder).requires_grad_(True) if cfg.finetune else subject.encoder
     tuned = replace(subject, encoder=encoder)
-    tests = (lambda: dataset_features(cfg, tuned, test, launch)[0][0]) if cfg.finetune else (lambda: test_features[0])
+    remedy = "the finetuning diverged; give smaller --linear_lrs and --finetune_lr"
+    tests = (lambda: dataset_features(cfg, tuned, test, launch, remedy=remedy)[0][0]) if cfg.finetune else (lambda: test_features[0])
     recipe = crop_recipe(subject.crop, subject.mean, subject.std, PROTOCOLS[cfg.protocol][4])
     done = train_on_crops(cfg, encoder, square, recipe, rows, number, tests, test_labels, launch)
     return done | {"encoder": {name: value.cpu() for name, value in encoder.state_dict().items()} if cfg.finetune else None}
+
+
+def chosen_images(cfg: SimpleNamespace, labels: torch.Tensor) -> torch.Tensor:
+    """The indices of the training images that `train_fraction` leaves."""
+    return stratified(labels, cfg.train_fraction, utils.generator(cfg.seed, "train fraction")) if cfg.train_fraction < 1 else torch.arange(len(labels))
+
+
+def check_sizes(cfg: SimpleNamespace, subject: Subject, labels: torch.Tensor, chosen: torch.Tensor, folds: list[torch.Tensor] | None, tests: int, processes: int) -> None:
+    """UserError before any work, if there are too few images for what is to be done with them, or too many for the memory."""
+    parts = folds or [torch.arange(len(chosen))]
+    fewest = min(map(len, parts))
+    batch = fewest if cfg.protocol == "cached" else min(fewest, cfg.linear_batch_size)
+    for what, count in ((f"{len(chosen)} training images", len(chosen)), (f"{tests} test images", tests), (f"batches of {batch} images", batch)):
+        if count < processes ** 2:
+            raise utils.UserError(f"{what} are too few for {processes} processes: evaluate with plain python")
+    if cfg.finetune and batch < 2:
+        raise utils.UserError("--finetune needs batches of two images or more, for the batch norm: use a larger --linear_batch_size or --train_fraction")
+    if cfg.protocol == "cached" and len(cfg.linear_lrs) > 1:
+        for part in parts:
+            check_choice(labels[chosen[part]])
+    views = cfg.linear_views if cfg.protocol == "cached" else 1
+    check_memory((views * len(chosen) + tests) * subject.width, "use --linear_views 1, or a smaller --train_fraction")
+
+
+def ready(encoder: nn.Module, launch: parallel.OneDevice, precision: str) -> None:
+    """An encoder that is to be used as it is, on the devices of a launch."""
+    encoder.to(device=launch.device, dtype=parallel.precision_dtype(precision), memory_format=torch.channels_last)
+    launch.wrap(encoder.requires_grad_(False))
 
 
 def check_writable(folder: Path, flag: str) -> None:
@@ -606,17 +656,17 @@ def stored_views(cfg: SimpleNamespace, subject: Subject, train: Any, square: Any
 
 
 def dataset_features(cfg: SimpleNamespace, subject: Subject, dataset: Any, launch: parallel.OneDevice, chosen: torch.Tensor | None = None, *,
-                     mirror: bool = False, recipe: augment.Recipe | None = None, number: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+                     mirror: bool = False, recipe: augment.Recipe | None = None, number: int = 0,
+                     remedy: str = "its training diverged; choose an earlier epoch") -> tuple[torch.Tensor, torch.Tensor]:
     """Features (V, n, D) and labels (n,) of a data set (or its `chosen` images) in its order, on all devices and processes.
 
     The views are the images, and with `mirror` their mirror images; or, of a data set of view "square", a random crop by a `recipe`, the `number`-th
-    of its kind. UserError if the memory does not suffice, or if the features are not finite.
+    of its kind. UserError if the features are not finite, with a `remedy`.
     """
     chosen = torch.arange(len(dataset)) if chosen is None else chosen
     n, batch, own = len(chosen), cfg.eval_batch_size if recipe is None else CROP_BATCH, launch.rows(len(chosen))
     edges = [own.start, *range((own.start // batch + 1) * batch, own.stop, batch), own.stop]  # of whole batches, whoever holds which rows
     pieces = [slice(a, b) for a, b in zip(edges, edges[1:])]
-    check_memory(n * (2 if mirror else 1) * subject.width * 4)
     loader = dataloader.iterate(dataset, [chosen[piece] for piece in pieces], num_workers=cfg.num_workers, failures=failures_of(dataset))
     batches = utils.progress(loader, "features", total=len(pieces))
     dtype = parallel.precision_dtype(cfg.precision)
@@ -626,9 +676,9 @@ def dataset_features(cfg: SimpleNamespace, subject: Subject, dataset: Any, launc
         views = ((augment.views(part.images.to(launch.device), part.aspect, recipe, [utils.generator(cfg.seed, f"stored view {number}", piece.start // batch)], batch,
                                 slice(piece.start % batch, piece.start % batch + len(part.images)), dtype), part.labels) for piece, part in zip(pieces, batches))
     features, labels = extract_features(subject.encoder, views, launch, cfg.precision)
-    features = launch.gather(features.movedim(-2, 0), n).movedim(0, -2)
+    features = launch.gather(features.movedim(-2, 0), n).movedim(0, -2).contiguous()
     if not features.isfinite().all():
-        raise utils.UserError(f"the features of {subject.record['checkpoint']} are not finite: its training diverged; choose an earlier epoch")
+        raise utils.UserError(f"the features of {subject.record['checkpoint']} are not finite: {remedy}")
     return features, launch.gather(labels, n)
 
 
@@ -637,15 +687,15 @@ def failures_of(dataset: Any) -> dataloader.Failures:
     return vars(dataset).setdefault("failures", dataloader.Failures(len(dataset)))
 
 
-def check_memory(needed: int) -> None:
-    """UserError if the machine has not the memory (bytes) for features, as far as the system says."""
+def check_memory(numbers: int, remedy: str) -> None:
+    """UserError if the machine has not the memory for so many numbers of features, as far as the system says."""
     try:
         free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
     except (OSError, TypeError):
         return
-    needed *= 2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # parts, then the whole, in each process of this machine
+    needed = 4 * numbers * (3 * int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else 2)  # parts, the whole; gathered ones in order
     if needed > free:
-        raise utils.UserError(f"the features take {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} are free: use --linear_views 1, or a smaller --train_fraction")
+        raise utils.UserError(f"the features take {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} are free: {remedy}")
 
 
 def save_results(folder: Path, result: dict[str, Any], linear: dict[str, Any]) -> None:
@@ -693,6 +743,7 @@ class Monitor:
             raise utils.UserError(f"--knn_every has too few images in {root!r} for {launch.processes} processes: name others with --knn_root")
         self.cfg = SimpleNamespace(eval_batch_size=256, num_workers=cfg.num_workers, precision=cfg.precision, seed=cfg.seed)
         encoder = model.backbone(model.build_encoder(cfg.arch, cfg.feature_dim, cfg.mlp, small_stem=cfg.small_stem))
+        check_memory(sum(len(rows) for _, rows in self.parts) * model.body_width(cfg.arch), "use fewer --knn_images")
         self.subject = Subject(encoder, home=Path(), stem="", foreign=False, found="", crop=cfg.crop, mean=cfg.mean, std=cfg.std,
                                record={"arch": cfg.arch, "checkpoint": "this run"})
         self.features: list[torch.Tensor] = []  # of those that vote and those that ask (n, D), of the last call
@@ -702,11 +753,11 @@ class Monitor:
         """Top-1 in percent of an encoder's state, the same on every process, which all call it."""
         encoder = self.subject.encoder
         if not self.ready:
-            encoder.to(device=self.launch.device, dtype=parallel.precision_dtype(self.cfg.precision), memory_format=torch.channels_last).requires_grad_(False)
-            self.launch.wrap(encoder)
+            ready(encoder, self.launch, self.cfg.precision)
             self.ready = True
         encoder.load_state_dict({name: value for name, value in state_dict.items() if not name.startswith("fc.")})
-        (bank, labels), (queries, truth) = [dataset_features(self.cfg, self.subject, dataset, self.launch, rows) for dataset, rows in self.parts]
+        (bank, labels), (queries, truth) = [dataset_features(self.cfg, self.subject, dataset, self.launch, rows, remedy="it diverged; try a lower --lr")
+                                              for dataset, rows in self.parts]
         self.features = [bank[0], queries[0]]
         own = self.launch.rows(len(truth))
         hits = knn_hits(bank[0].to(self.launch.device), labels, queries[0, own], truth[own], k=min(200, len(labels)))

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
         utils.atomic_write(args.out, lambda file: torch.save(state, file))
     print(f"read     {args.checkpoint}: {found}")
     print(f"written  {args.out}: {len(state)} tensors of the encoder, for {args.format}")
-    print("\n".join("         " + line for line in how_to_load(args.format, args.out, found, checkpoint.get("config") or {})))
+    print("\n".join("         " + line for line in how_to_load(args.format, args.out, found, evaluate.own_config(checkpoint, utils.config_keys("train")))))
 
 
 def detectron2_state(state: dict[str, torch.Tensor]) -> dict[str, object]:

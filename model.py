@@ -269,6 +269,8 @@ def read_encoder(state_dict: dict[str, torch.Tensor], arch: str | None = None) -
     or without `fc`); architecture, head and stem are known by the shapes. `arch`, if given, must be the one. Raises ValueError, in one line, for anything
     that is not completely one of these.
     """
+    if not all(isinstance(key, str) for key in state_dict):
+        raise ValueError("its keys are not all names")
     prefix = next((p for p in ("module.encoder_q.", "encoder_q.", "module.", "") if p + "conv1.weight" in state_dict), None)
     if prefix is None:
         raise ValueError(f"it has neither MoCo's keys (module.encoder_q.conv1.weight, ...) nor a ResNet's (conv1.weight, ...); its first is {next(iter(state_dict), 'none')!r}")
@@ -331,7 +333,7 @@ def _head_of(head: dict[str, torch.Tensor], width: int, is_moco: bool) -> tuple[
     if not head and not is_moco:
         return "no head", 0, False
     last = "fc.2" if "fc.2.weight" in head else "fc"
-    out = shapes.get(f"{last}.weight", (0,))[0]
+    out = (shapes.get(f"{last}.weight") or (0,))[0]
     expected = {f"{last}.weight": (out, width), f"{last}.bias": (out,)} | ({"fc.0.weight": (width, width), "fc.0.bias": (width,)} if last == "fc.2" else {})
     if shapes != expected:
         there = ", ".join(f"{key} {' x '.join(map(str, shape))}" for key, shape in shapes.items()) or "missing"

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     record = subject.record
     if launch.rank == 0:
         what = "untrained" if cfg.encoder == "random" else subject.record["checkpoint"] if record["epoch"] is None else f"epoch {record['epoch']}, {record['checkpoint']}"
-        print(f"encoder  {record['arch']}, {what}" + f"\nfound    {subject.found}" * bool(subject.foreign), flush=True)
+        print(f"encoder  {record['arch']}, {what}" + f"\nfound    {subject.found}" * bool(subject.found), flush=True)
     with launch:
         folder, result, linear = evaluate.evaluate_subject(cfg, subject, launch)
     if launch.rank == 0:
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
 def untrained_result(folder: Path, result: dict[str, Any]) -> dict[str, Any] | None:
     """The untrained encoder's result beside this one, if it is there and was measured the same way."""
     others = (evaluate.read_result(path.parent) for path in sorted(folder.parent.glob("random*/result.json")) if path.parent != folder)
-    return next((other for other in others if other and evaluate.same_measure(other, result)), None)
+    return next((other for other in others if other and evaluate.is_baseline(other, result)), None)
 
 
 def table(result: dict[str, Any], untrained: dict[str, Any] | None) -> str:
@@ -51,7 +51,7 @@ def table(result: dict[str, Any], untrained: dict[str, Any] | None) -> str:
     vote = f"T = {result['knn_temperature']:g}" if result["knn_weighted"] else "plain vote"
     count, low_high = len(result["trials"]), " to ".join(f"{bound:.2f}" for bound in result["linear_top1_ci95"])
     spread = f"{count} {'fold' if result['folds'] else 'trial'}{'s' * (count > 1)}, std {result['linear_top1_std']:.2f}"
-    rows = [("kNN", "knn_top1", f"k = {result['knn_k']}, {vote}"),
+    rows = [("kNN", "knn_top1", f"k = {result['knn_k']}, {vote}" + ", before the finetuning" * (result["protocol"] == "finetune")),
             ("linear", "linear_top1", f"{spread}, {result['linear_epochs']} epochs, lr {result['learning_rate']:g}; 95 % interval {low_high}")]
     if result["classes"] > 20:
         rows.append(("  top-5", "linear_top5", ""))

@@ -133,7 +133,7 @@ def train(cfg: SimpleNamespace, launch: parallel.OneDevice, folder: Path, datase
             spent = watch.read()
             row = {"step": step, "epoch": epoch, **means, "lr": optimizer.param_groups[0]["lr"],
                    "data_wait_percent": 100 * spent.get("data", 0.0) / sum(spent.values()), "peak_memory_mb": parallel.peak_memory_mb(device),
-                   "uniformity": float(uniformity(keys[:1024])), "effective_rank": float(effective_rank(moco.queue)),
+                   "uniformity": float(uniformity(keys[:min(1024, cfg.batch_size)])), "effective_rank": float(effective_rank(moco.queue)),
                    "knn_top1": monitor.top1(launch.state_dict(moco.encoder_q)) if watched else math.nan}
             if launch.rank == 0:
                 log.add(row)
@@ -190,8 +190,7 @@ def set_up(cfg: SimpleNamespace, launch: parallel.OneDevice,
         raise UserError("--compile does not work with nn.DataParallel: start a process for each GPU with torchrun, or leave it out")
     if cfg.pixel_boxes and dataset.native != cfg.resize:
         raise UserError(f"--pixel_boxes needs a data set of one size kept at that size, not {dataset.name} at --resize {cfg.resize}: leave it out")
-    recipe = augment.recipe("v2" if cfg.aug_plus else "v1", cfg.crop, scale=tuple(cfg.crop_scale), grayscale=cfg.grayscale,
-                            grid=cfg.resize if cfg.pixel_boxes else 0, mean=tuple(cfg.mean), std=tuple(cfg.std))
+    recipe = augment.training_recipe(vars(cfg), grid=cfg.resize)
     if cfg.knn_root is not None and not cfg.knn_every:
         raise UserError(f"--knn_root {cfg.knn_root!r} has no use without --knn_every: give the number of epochs between two kNN")
     monitor = evaluate.Monitor(cfg, launch) if cfg.knn_every else None
@@ -204,10 +203,10 @@ def advise(cfg: SimpleNamespace, images: int) -> None:
     if 4 * cfg.num_keys > images:
         print(f"warning: --num_keys {cfg.num_keys} is {100 * cfg.num_keys / images:.0f} % of the {images} images, so many of a query's negatives are its own image: "
               f"try {2 ** max(0, math.floor(math.log2(images / 8)))}", file=sys.stderr)
-    if steps * (1 - cfg.momentum) < 5:
-        fit = next((m for m in (0.999, 0.996, 0.99, 0.97) if steps * (1 - m) >= 5), 0.9)
-        print(f"warning: with --momentum {cfg.momentum:g} the key encoder moves at 1/{1 / max(1e-9, 1 - cfg.momentum):.0f} a step, and there are {steps} steps: try {fit}"
-              if cfg.momentum < 1 else "warning: with --momentum 1 the key encoder never moves", file=sys.stderr)
+    if round(steps * (1 - cfg.momentum), 6) < 5:
+        fits = next((f"try {m}, or more epochs" for m in (0.999, 0.996, 0.99, 0.97, 0.9) if round(steps * (1 - m), 6) >= 5), "give it more epochs")
+        print(f"warning: with --momentum {cfg.momentum:g} the key encoder moves by {1 - cfg.momentum:.2g} of the way to the query encoder in a step, "
+              f"and there are {steps} steps: {fits}", file=sys.stderr)
 
 
 def start_together(launch: parallel.OneDevice, cfg: SimpleNamespace, dataset: Any, step: int, monitor: evaluate.Monitor | None) -> None:

@@ -155,6 +155,8 @@ class Key:
         kind = self.kind.removeprefix("list ")
         if self.is_list:
             if isinstance(value, (list, tuple)) and value:
+                if len(value) > 1 and isinstance(self.default[0], str) and self.default[0] in value:  # auto, none, all
+                    raise UserError(f"--{self.name} {' '.join(map(str, value))}: {self.default[0]} stands alone, give it or the others")
                 return [self._one(v, kind) for v in value]
             raise UserError(f"--{self.name} {value!r} must be a list, such as {self.default}")
         return self._one(value, kind)
@@ -219,7 +221,7 @@ def load_config(script: str, argv: list[str]) -> SimpleNamespace:
     keys = config_keys(script)
     parser = Parser(prog=f"python {script}.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120))
-    parser.add_argument("--preset", metavar="NAME", nargs="+", help="named sets of values, a later one wins: " + ", ".join(read_yaml(CONFIG_FILE)["presets"]))
+    parser.add_argument("--preset", metavar="NAME", nargs="+", action="extend", help="named sets of values, a later one wins: " + ", ".join(read_yaml(CONFIG_FILE)["presets"]))
     parser.add_argument("--config", metavar="FILE", help="a YAML file of values, such as the config.yaml of a run")
     for key in keys.values():
         options = {"help": f"{key.help} (default: {' '.join(map(str, key.default)) if key.is_list else key.default})".replace("%", "%%")}
@@ -518,7 +520,7 @@ def load_checkpoint(path: str | Path, bare: bool = False) -> dict[str, Any]:
         content = {"state_dict": content}
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"checkpoint {str(path)!r} has no state_dict: it is not a MoCo checkpoint")
-    wrong = [name for name, kind in {"format": int, "epoch": int, "step": int, "arch": str, "config": dict}.items()
+    wrong = [name for name, kind in {"format": int, "epoch": int, "step": int, "arch": str, "config": dict, "images": int}.items()
              if not isinstance(content.get(name, kind()), kind)]
     if wrong:
         raise UserError(f"checkpoint {str(path)!r} is damaged: its {', '.join(wrong)} cannot be what they are")
@@ -689,26 +691,27 @@ class Board:
 
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # an optional extra
-        self.writer, self.broken = SummaryWriter(folder / "tensorboard", purge_step=step + 1), False
+        self.broken = False
+        self.writer = self._try(SummaryWriter, folder / "tensorboard", purge_step=step + 1)
 
     def scalars(self, row: dict[str, float]) -> None:
         for name, value in row.items():
             if name != "step" and not math.isnan(value):
-                self._try(self.writer.add_scalar, name, value, int(row["step"]))
-        self._try(self.writer.flush)
+                self._try("add_scalar", name, value, int(row["step"]))
+        self._try("flush")
 
     def figure(self, name: str, figure: Any, step: int) -> None:
-        self._try(self.writer.add_figure, name, figure, step)
+        self._try("add_figure", name, figure, step)
 
     def features(self, features: torch.Tensor, labels: list[str], step: int) -> None:
         """Features (n, D) for the projector."""
-        self._try(self.writer.add_embedding, features, metadata=labels, global_step=step, tag="features")
+        self._try("add_embedding", features, metadata=labels, global_step=step, tag="features")
 
-    def _try(self, write: Callable, *args: Any, **kwargs: Any) -> None:
-        """A full disk must not end a run for the sake of a picture."""
+    def _try(self, write: Callable | str, *args: Any, **kwargs: Any) -> Any:
+        """Call it, or the writer's method of this name: a full disk must not end a run for the sake of a picture."""
         try:
             if not self.broken:
-                write(*args, **kwargs)
+                return (getattr(self.writer, write) if isinstance(write, str) else write)(*args, **kwargs)
         except OSError as error:
             self.broken = True
             print(f"warning: TensorBoard's files cannot be written ({error.strerror or error}): the run goes on without them", file=sys.stderr, flush=True)

@@ -64,8 +64,10 @@ def main(argv: list[str]) -> None:
     collected = sorted(path.stem for path in (results / "data").glob("*.*") if path.stem in wanted) if cfg.redraw else collect(cfg, wanted, results / "data")
     if not collected:
         raise utils.UserError(f"--redraw finds nothing in {str(results / 'data')!r}: leave it out, so that data are collected")
-    for name, figure in {name: draw(results / "data", name) for name in collected}.items():  # written when nothing can fail any more
+    for name, figure in {name: draw(results / "data", name, cfg.redraw) for name in collected}.items():  # written when nothing can fail any more
         write_figure(results / FIGURES[name], figure)
+    if old := [FIGURES[name] for name in FIGURES if name in wanted and name not in collected and (results / FIGURES[name]).exists()]:
+        print(f"note: {', '.join(old)} in {results} {'is' if len(old) == 1 else 'are'} of an earlier call", file=sys.stderr)
     print(f"written  {results}/{', '.join(FIGURES[name] for name in collected)}")
 
 
@@ -81,7 +83,7 @@ def collect(cfg: SimpleNamespace, wanted: set[str], where: Path) -> list[str]:
         flag = "--encoder random" if cfg.encoder == "random" else f"--pretrained {cfg.pretrained!r}"
         raise utils.UserError(f"{flag} is for test.py: name runs with --multiple_encoder_exp_version")
     launch = utils.checked(parallel.launch, cfg.device)
-    if launch.processes > 1:
+    if parallel.several_processes():
         raise utils.UserError("visualize.py runs as one process: evaluate with torchrun and test.py first, its results are reused")
     if cfg.dataset_root is None and "all" not in cfg.figures and (without := wanted & {"views", "neighbours", "embedding"}):
         raise utils.UserError(f"--dataset_root is missing, of whose images the figure {sorted(without)[0]} is drawn")
@@ -93,18 +95,17 @@ def collect(cfg: SimpleNamespace, wanted: set[str], where: Path) -> list[str]:
             utils.checkpoint_path(utils.run_folder(cfg.encoder_output_root, cfg.encoder_dataset_name, run), epoch)
     drawn = loss_versions(cfg, root, versions) if "loss" in wanted else []
     logs = {version: [read_loss(root / run) for run in runs_of(version, cfg)] for version in drawn}
-    if cfg.download and cfg.dataset_root is not None:
-        dataloader.open_dataset(cfg.dataset_root, "train", view="center", resize="auto", crop=8, download=True)
-    dataset = None if cfg.dataset_root is None else evaluate.data_name(cfg.dataset_root)
+    cfg = SimpleNamespace(**vars(cfg) | {"precision": utils.checked(parallel.pick_precision, cfg.precision, launch.device)})
+    data_now = None if cfg.dataset_root is None else what_data(cfg)
 
     data: dict[str, Any] = {}
     if "loss" in wanted:
         data["loss"] = {version: [{"step": list(map(int, log["step"])), "loss": [round(loss, 4) for loss in log["loss"]]} | ({"chance": log["chance"]} if "chance" in log else {})
                                   for log in runs] for version, runs in logs.items()}
     if "versions" in wanted:
-        found = {version: [accuracy_of(cfg, launch, run, cfg.load_pretrained_epoch, dataset) for run in runs_of(version, cfg)] for version in versions}
-        found_epochs = {epoch: [accuracy_of(cfg, launch, run, epoch, dataset) for run in runs_of(cfg.encoder_exp_version, cfg)] for epoch in epochs}
-        untrained = random_results(cfg, root, versions, next(iter(found.values()))[0][0])
+        found = {version: [accuracy_of(cfg, launch, run, cfg.load_pretrained_epoch, data_now) for run in runs_of(version, cfg)] for version in versions}
+        found_epochs = {epoch: [accuracy_of(cfg, launch, run, epoch, data_now) for run in runs_of(cfg.encoder_exp_version, cfg)] for epoch in epochs}
+        untrained = random_results(cfg, root, {version: [result for result, _ in results] for version, results in found.items()})
         spread = "seed" if len(runs_of(versions[0], cfg)) > 1 else "trial"
         table = {version: [row_of(result, root / run) for (result, _), run in zip(results, runs_of(version, cfg))] for version, results in found.items()}
         table |= {"untrained": [row_of(result) for result, _ in untrained]} if untrained else {}
@@ -120,18 +121,22 @@ def collect(cfg: SimpleNamespace, wanted: set[str], where: Path) -> list[str]:
     return list(data)
 
 
-def draw(where: Path, name: str) -> Figure:
-    """A figure from what `collect` left in a folder."""
-    if (where / f"{name}.npz").exists():
+def draw(where: Path, name: str, old: bool = False) -> Figure:
+    """A figure from what `collect` left in a folder; UserError if that is `old` and damaged."""
+    try:
+        if not (where / f"{name}.npz").exists():
+            return draw_numbers(name, json.loads((where / f"{name}.json").read_text(encoding="utf-8")))
         pictures = {"views": views_figure, "neighbours": neighbours_figure, "embedding": embedding_figure, "filters": filters_figure}
-        try:
-            with np.load(where / f"{name}.npz") as data:
-                return pictures[name](dict(data))
-        except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile):
-            raise utils.UserError(f"{str(where / name)}.npz is damaged: draw without --redraw") from None
-    data = utils.read_json(where / f"{name}.json")
-    if data is None:
-        raise utils.UserError(f"{str(where / name)}.json is gone or damaged: draw without --redraw")
+        with np.load(where / f"{name}.npz") as data:
+            return pictures[name](dict(data))
+    except (ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError, OSError, EOFError, RuntimeError, zipfile.BadZipFile):
+        if not old:
+            raise
+        raise utils.UserError(f"the data of the figure {name} in {str(where)!r} are damaged: draw without --redraw") from None
+
+
+def draw_numbers(name: str, data: dict[str, Any]) -> Figure:
+    """The figure of losses or accuracies from its data."""
     if name == "loss":
         return loss_figure(data)
     accuracies = {key: torch.tensor(values, dtype=torch.float64) for key, values in data["accuracy"].items()}
@@ -152,6 +157,13 @@ def write_data(where: Path, name: str, content: Any) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- where data comes from
 
+def what_data(cfg: SimpleNamespace) -> dict[str, Any]:
+    """What result.json says of the data in `cfg.dataset_root`, as they are now; UserError if they are not there."""
+    train, test = (dataloader.open_dataset(cfg.dataset_root, split, view="center", resize="auto", crop=8, download=cfg.download) for split in ("train", "test"))
+    return {"dataset": evaluate.data_name(cfg.dataset_root), "dataset_root": evaluate.data_path(cfg.dataset_root), "test_images": len(test), "class_names": train.classes,
+            "train_images": len(evaluate.chosen_images(cfg, train.labels))}
+
+
 def runs_of(version: str, cfg: SimpleNamespace) -> list[str]:
     """The runs that a version stands for: itself, or one for each of --seeds."""
     return [version] if "none" in cfg.seeds else [f"{version}-seed{seed}" for seed in cfg.seeds]
@@ -170,18 +182,16 @@ def loss_versions(cfg: SimpleNamespace, root: Path, versions: list[str]) -> list
 
 def picture_data(cfg: SimpleNamespace, run: str, wanted: set[str], launch: parallel.OneDevice) -> dict[str, dict[str, np.ndarray]]:
     """What the figures of images, features and filters of a run show, beside its untrained encoder; without a data set the filters alone."""
-    cfg = SimpleNamespace(**vars(cfg) | {"encoder_exp_version": run, "precision": utils.checked(parallel.pick_precision, cfg.precision, launch.device)})
-    subject = evaluate.load_subject(cfg)
+    subject = evaluate.load_subject(SimpleNamespace(**vars(cfg) | {"encoder_exp_version": run}))
     subjects = {"trained": subject, "untrained": replace(subject, encoder=model.backbone(evaluate.untrained_encoder(subject.record["arch"], subject.config)))}
     data = {"filters": filters_data({name: each.encoder.conv1.weight for name, each in subjects.items()})} if "filters" in wanted else {}
     if cfg.dataset_root is None:
         return data
     if "views" in wanted:
         config = subject.config
-        square = dataloader.open_dataset(cfg.dataset_root, "train", view="square", resize=config["resize"], crop=config["crop"])
-        recipe = augment.recipe("v2" if config["aug_plus"] else "v1", config["crop"], scale=tuple(config["crop_scale"]), grayscale=config["grayscale"],
-                                grid=square.resize if config["pixel_boxes"] and square.native == square.resize else 0, mean=tuple(config["mean"]), std=tuple(config["std"]))
-        data["views"] = views_data(square, recipe, cfg.seed)
+        resize = config["resize"] if config["resize"] == "auto" or config["resize"] >= config["crop"] else "auto"  # of a data set of smaller images
+        square = dataloader.open_dataset(cfg.dataset_root, "train", view="square", resize=resize, crop=config["crop"])
+        data["views"] = views_data(square, augment.training_recipe(config, grid=square.resize if square.native == square.resize else 0), cfg.seed)
     if not wanted & {"neighbours", "embedding"}:
         return data
     parts = {split: dataloader.open_dataset(cfg.dataset_root, split, view="center", resize=cfg.resize, crop=subject.crop) for split in ("train", "test")}
@@ -189,8 +199,7 @@ def picture_data(cfg: SimpleNamespace, run: str, wanted: set[str], launch: paral
             for (split, part), count in zip(parts.items(), (PICTURE_TRAIN, PICTURE_TEST))}
     features = {}
     for name, each in subjects.items():
-        each.encoder.to(device=launch.device, dtype=parallel.precision_dtype(cfg.precision), memory_format=torch.channels_last)
-        launch.wrap(each.encoder.requires_grad_(False))
+        evaluate.ready(each.encoder, launch, cfg.precision)
         features[name] = tuple(evaluate.dataset_features(cfg, each, part, launch, rows[split])[0][0] for split, part in parts.items())
     labels = {split: part.labels[rows[split]] for split, part in parts.items()}
     if "neighbours" in wanted:
@@ -221,23 +230,28 @@ def read_loss(folder: Path) -> dict[str, Any]:
     log: dict[str, Any] = utils.read_csv(folder / "log.csv", ("step", "loss"))
     if not log["step"]:
         raise utils.UserError(f"{str(folder / 'log.csv')!r} has no rows yet: its run has just begun")
-    config = utils.read_yaml(folder / "config.yaml") if (folder / "config.yaml").exists() else None
-    num_keys = config.get("num_keys") if isinstance(config, dict) else None
+    num_keys = config_of(folder).get("num_keys")
     if isinstance(num_keys, int) and num_keys > 0:
         log["chance"] = math.log(num_keys + 1)
     return log
 
 
+def config_of(run: Path) -> dict[str, Any]:
+    """The settings of a run; empty if they are gone."""
+    config = utils.read_yaml(run / "config.yaml") if (run / "config.yaml").exists() else None
+    return config if isinstance(config, dict) else {}
+
+
 def accuracy_of(cfg: SimpleNamespace, launch: parallel.OneDevice, version: str, epoch: int | None,
-                dataset: str | None) -> tuple[dict[str, Any], torch.Tensor]:
-    """Result and accuracy (trials, epochs) of a checkpoint: the stored one, or a new evaluation that stores its own."""
+                data_now: dict[str, Any] | None) -> tuple[dict[str, Any], torch.Tensor]:
+    """Result and accuracy (trials, epochs) of a checkpoint on data (`what_data`): the stored one, or a new evaluation that stores its own."""
     cfg = SimpleNamespace(**vars(cfg) | {"encoder_exp_version": version, "load_pretrained_epoch": epoch})
     subject = evaluate.load_subject(cfg)
-    stored = stored_accuracy(cfg, subject, dataset)
+    stored = stored_accuracy(cfg, subject, data_now)
     if stored is not None:
         print(f"{version}, epoch {subject.record['epoch']}: stored result on {stored[0]['dataset']}", flush=True)
         return stored
-    if dataset is None:
+    if data_now is None:
         raise utils.UserError(f"{str(subject.home / subject.stem)!r} has no result with these settings and {cfg.trials} trials: "
                               "give --dataset_root, so that it can be evaluated")
     print(f"{version}, epoch {subject.record['epoch']}: evaluating", flush=True)
@@ -246,14 +260,14 @@ def accuracy_of(cfg: SimpleNamespace, launch: parallel.OneDevice, version: str, 
     return result, linear["accuracy"]
 
 
-def stored_accuracy(cfg: SimpleNamespace, subject: evaluate.Subject, dataset: str | None) -> tuple[dict[str, Any], torch.Tensor] | None:
-    """An earlier evaluation with the same settings and at least as many trials, or None; `dataset` None takes that of the plain folder."""
+def stored_accuracy(cfg: SimpleNamespace, subject: evaluate.Subject, data_now: dict[str, Any] | None) -> tuple[dict[str, Any], torch.Tensor] | None:
+    """An earlier evaluation with the same settings and data, and at least as many trials, or None; without data, that of the plain folder."""
     kind = evaluate.kind_of(cfg.protocol, cfg.train_fraction, cfg.folds)
-    folder = subject.home / subject.stem if dataset is None else evaluate.result_folder(subject, dataset, kind)
+    folder = subject.home / subject.stem if data_now is None else evaluate.result_folder(subject, data_now["dataset"], kind)
     result = evaluate.read_result(folder)
     if result is None or len(result["trials"]) < cfg.trials or not (folder / "accuracy.csv").exists():
         return None
-    wanted = evaluate.settings(cfg, subject) | ({"dataset": dataset, "dataset_root": evaluate.data_path(cfg.dataset_root)} if dataset else {})
+    wanted = evaluate.settings(cfg, subject) | (data_now or {})
     if any(result.get(name) != value for name, value in wanted.items() if name != "checkpoint"):
         return None
     return result, read_accuracy(folder / "accuracy.csv")
@@ -267,14 +281,19 @@ def read_accuracy(path: Path) -> torch.Tensor:
     return torch.tensor(table["top1"]).view(int(max(table["trial"])), -1)
 
 
-def random_results(cfg: SimpleNamespace, root: Path, versions: list[str], reference: dict[str, Any]) -> list[tuple[dict[str, Any], torch.Tensor]]:
-    """Untrained encoders' results and accuracies (trials, epochs), measured as `reference` was: of each seed from the first version that has one."""
+def random_results(cfg: SimpleNamespace, root: Path, trained: Mapping[str, Sequence[dict[str, Any]]]) -> list[tuple[dict[str, Any], torch.Tensor]]:
+    """Results and accuracies (trials, epochs) of the encoders from which the runs of versions started, measured as they were: one for each
+    seed, from the first version that has one; none if one is missing."""
     found = []
-    for runs in zip(*(runs_of(version, cfg) for version in versions)):
-        paths = [path.parent for run in runs for path in sorted((root / run).glob("eval/random*/result.json"))]
-        fitting = [folder for folder in paths if (result := evaluate.read_result(folder)) and evaluate.same_measure(result, reference)]
-        found += [(evaluate.read_result(fitting[0]), read_accuracy(fitting[0] / "accuracy.csv"))] if fitting else []
-    return found if len(found) == len(runs_of(versions[0], cfg)) else []
+    for each in range(len(runs_of("", cfg))):
+        folders = [(path.parent, results[each]) for version, results in trained.items() for path in sorted((root / runs_of(version, cfg)[each]).glob("eval/random*/result.json"))]
+        fitting = [folder for folder, result in folders if (random := evaluate.read_result(folder)) and evaluate.is_baseline(random, result)]
+        if not fitting:
+            run = runs_of(next(iter(trained)), cfg)[each]
+            print(f"note: untrained encoders are not shown: that of {run} was not measured in the same way (test.py --encoder_exp_version {run} --encoder random)", file=sys.stderr)
+            return []
+        found.append((evaluate.read_result(fitting[0]), read_accuracy(fitting[0] / "accuracy.csv")))
+    return found
 
 
 def pooled(results: Sequence[tuple[dict[str, Any], torch.Tensor]]) -> list[list[float]]:
@@ -284,15 +303,16 @@ def pooled(results: Sequence[tuple[dict[str, Any], torch.Tensor]]) -> list[list[
 
 
 def row_of(result: dict[str, Any], run: Path | None = None) -> dict[str, Any]:
-    """A run's numbers: loss and contrast accuracy are means over its last epoch; minutes, the time of its steps."""
+    """A run's numbers: loss and contrast accuracy are means over the last epoch of the encoder that was measured; minutes, the time of all steps of the run."""
     row = {"knn_top1": round(result["knn_top1"], 2), "linear_top1": round(result["linear_top1"], 2), "commit": result["provenance"]["commit"]}
     log = utils.read_csv(run / "log.csv", ("step", "loss")) if run is not None and (run / "log.csv").exists() else {"step": []}
     if log["step"] and {"epoch", "contrast_top1", "images_per_second"} <= log.keys():
-        last = [i for i, epoch in enumerate(log["epoch"]) if epoch == log["epoch"][-1]]
-        row |= {name: round(statistics.fmean(log[column][i] for i in last), 3) for name, column in (("loss", "loss"), ("contrast_top1", "contrast_top1"))}
-        config = utils.read_yaml(run / "config.yaml") if (run / "config.yaml").exists() else {}
-        seconds = sum((step - before) * config.get("batch_size", 0) / rate for step, before, rate in zip(log["step"], [0, *log["step"]], log["images_per_second"]))
-        row["minutes"] = round(seconds / 60, 1)
+        steps = [step - before for step, before in zip(log["step"], [0, *log["step"]])]
+        last = [i for i, epoch in enumerate(log["epoch"]) if epoch == result["epoch"]]
+        if last:
+            row |= {name: round(sum(log[name][i] * steps[i] for i in last) / sum(steps[i] for i in last), 3) for name in ("loss", "contrast_top1")}
+        images = config_of(run).get("batch_size", 0)
+        row["minutes"] = round(sum(count * images / rate for count, rate in zip(steps, log["images_per_second"])) / 60, 1)
     return row
 
 
@@ -415,7 +435,7 @@ def accuracy_figure(accuracy: torch.Tensor, result: Mapping[str, Any]) -> Figure
     for i, curve in enumerate(accuracy.tolist()):
         axes.plot(range(1, len(curve) + 1), curve, color=COLOURS["M3"], linewidth=1.3, alpha=0.8, marker="o" if len(curve) == 1 else None,
                   label=f"linear, {trials} trial{'s' * (trials > 1)}: {result['linear_top1']:.1f} %" if i == 0 else None)
-    axes.axhline(result["knn_top1"], color=OTHER_COLOURS[0], linestyle="--", label=f"kNN, k = {result['knn_k']}: {result['knn_top1']:.1f} %")
+    axes.axhline(result["knn_top1"], color=OTHER_COLOURS[0], linestyle="--", label=f"kNN, k = {result['knn_k']}{', before the finetuning' * (result['protocol'] == 'finetune')}: {result['knn_top1']:.1f} %")
     name = "untrained" if result["encoder"] == "random" else Path(result["checkpoint"]).name if result["epoch"] is None else f"epoch {result['epoch']}"
     axes.set(xlabel="epoch of the linear classifier", ylabel="test top-1 (%)", title=f"{result['arch']}, {name}, on {result['dataset']}")
     tidy(axes)
@@ -555,7 +575,7 @@ def neighbours_data(train_images: Any, train_labels: torch.Tensor, test_images: 
     rows = of_different_classes(test_labels, count, utils.generator(seed, "neighbours"))
     share, found = [], []
     for train_features, test_features in features.values():
-        neighbours = nearest(train_features, test_features, k)
+        neighbours = torch.cat([near for _, _, near in evaluate.nearest(train_features.float(), test_features.float(), k)]).cpu()
         share.append(100 * (train_labels[neighbours] == test_labels[:, None]).double().mean().item())
         found.append(neighbours[rows])
     found = torch.stack(found)
@@ -683,13 +703,6 @@ def of_different_classes(labels: torch.Tensor, count: int, random: torch.Generat
     return torch.tensor(sorted((first + more)[:count], key=lambda row: int(labels[row])), dtype=torch.long)
 
 
-def nearest(train_features: torch.Tensor, test_features: torch.Tensor, k: int) -> torch.Tensor:
-    """The k nearest by cosine of the training features (n, D) to each test feature (m, D): rows (m, k), the nearest first; in blocks of test features."""
-    bank = F.normalize(train_features.float(), dim=1)
-    blocks = test_features.float().split(max(1, evaluate.BLOCK // len(bank)))
-    return torch.cat([(F.normalize(block, dim=1) @ bank.T).topk(k, dim=1).indices for block in blocks])
-
-
 def thumbnails(images: torch.Tensor | np.ndarray, side: int) -> np.ndarray:
     """Images uint8 (n, C, S, S) of at most `side` px."""
     images = torch.as_tensor(images)
@@ -763,7 +776,6 @@ def apart(centres: np.ndarray, sizes: np.ndarray, low: np.ndarray, high: np.ndar
         if still:
             break
     return places
-
 
 
 if __name__ == "__main__":

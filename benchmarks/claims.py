@@ -4,8 +4,8 @@
     python benchmarks/claims.py ROOT/fashion-mnist --lanes 4 --device cuda --seeds 0 1 2 -- --max_epoch 100 --schedule 60 80
     python benchmarks/claims.py ROOT/ILSVRC/Data/CLS-LOC --preset none --dataset_name IMAGENET-64 --lanes 1 --test_root ROOT/STL-10
 
-What follows `--` goes to train.py. Runs are output/DATASET_NAME/M0-seed0, ...; their messages are in claims.log beside them. The figures go to --result_path, their
-data to RESULT_PATH/data. Ctrl-C stops the runs after their step; the same command goes on.
+What follows `--` goes to train.py, and may be anything but what this experiment sets itself. Runs are output/DATASET_NAME/M0-seed0, ...; their messages are in claims.log beside them. The figures go to --result_path, their
+data to RESULT_PATH/data. Ctrl-C and SIGTERM stop the runs after their step; the same command goes on.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import evaluate
 import utils
 
 VERSIONS = ["M0", "M1", "M2", "M3"]
+OWN = {"preset", "config", "seed", "momentum", "shuffle_bn", "no-shuffle_bn", "exp_version", "dataset_root", "dataset_name", "output_root", "device", "resume", "overwrite"}
 
 
 class Lane:
@@ -78,6 +79,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--lanes", type=int, help="runs side by side (default: the number of cores, on a GPU 1)")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv[:argv.index("--")] if "--" in argv else argv)
+    if own := sorted(OWN & {word.split("=")[0].removeprefix("--") for word in more}):
+        raise utils.UserError(f"--{own[0]} after -- would make the runs differ in more than momentum and shuffling, or is set before it: leave it out there")
     on_gpu = torch.cuda.is_available() and args.device != "cpu"
     args.lanes = args.lanes if args.lanes is not None else 1 if on_gpu else os.cpu_count() or 1
     if args.lanes < 1:
@@ -107,7 +110,8 @@ def main(argv: list[str]) -> None:
                           f"--result_path={folder}/figures"]
             lanes.append(Lane(run, folder, [["train.py", *options(version, seed), "--resume"], evaluation], environment))  # a run that is done has nothing left to do
             if version == args.versions[-1]:
-                lanes[-1].commands.append(lambda folder=folder, run=run: untrained_command(folder, epochs, ["test.py", *flags, f"--encoder_exp_version={run}", "--encoder=random"]))
+                command = ["test.py", *flags, f"--encoder_exp_version={run}", "--encoder=random"]
+                lanes[-1].commands.append(lambda folder=folder, command=command: untrained_command(folder, args.test_root or args.dataset_root, epochs, command))
     done = sum((folder / "checkpoints" / f"epoch_{epochs:04d}.pth.tar").exists() for folder in folders)
     print(f"{len(folders)} runs of {steps:,} steps, {done} of them trained; {args.lanes} side by side, {environment['OMP_NUM_THREADS']} threads each", flush=True)
     run_all(lanes, args.lanes, folders, steps)
@@ -118,15 +122,18 @@ def main(argv: list[str]) -> None:
     sys.exit(subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]]).returncode)
 
 
-def untrained_command(folder: Path, epochs: int, command: list[str]) -> list[str]:
-    """The command, unless the untrained encoder was measured as the trained one was."""
-    trained, untrained = (evaluate.read_result(folder / "eval" / name) for name in (f"epoch_{epochs:04d}", "random"))
-    return [] if trained and untrained and evaluate.same_measure(trained, untrained) else command
+def untrained_command(folder: Path, test_root: str, epochs: int, command: list[str]) -> list[str]:
+    """The command, unless the untrained encoder was measured as the trained one was, which the newest result on these data says."""
+    paths = sorted(folder.glob("eval/*/result.json"), key=os.path.getmtime)
+    results = [result for path in paths if (result := evaluate.read_result(path.parent))]
+    trained = [result for result in results if result["epoch"] == epochs and result["dataset_root"] == evaluate.data_path(test_root)]
+    return [] if trained and any(evaluate.is_baseline(result, trained[-1]) for result in results) else command
 
 
 def run_all(waiting: list[Lane], lanes: int, folders: list[Path], steps: int) -> None:
     """Keep `lanes` runs going until all are done; says every minute how far they are. Stops them all on Ctrl-C, or when one fails."""
     running: list[Lane] = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     started, first, told = time.monotonic(), sum(min(steps, steps_done(folder)) for folder in folders), 0.0
     try:
         while waiting or running:
@@ -139,14 +146,15 @@ def run_all(waiting: list[Lane], lanes: int, folders: list[Path], steps: int) ->
                 left = utils.duration((steps * len(folders) - done) / rate) if rate > 0 else "not known yet"
                 print(", ".join(f"{lane.name} step {steps_done(lane.folder):,}" for lane in running) + f"; time left for training: {left}", flush=True)
             time.sleep(1)
-    except (KeyboardInterrupt, utils.UserError):
+    except (KeyboardInterrupt, utils.UserError) as error:
         for lane in running:
             if lane.process is not None and lane.process.poll() is None:
                 lane.process.send_signal(signal.SIGTERM)
         for lane in running:
             if lane.process is not None:
                 lane.process.wait()
-        print("stopped: the same command goes on", file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            print("stopped: the same command goes on", file=sys.stderr)
         raise
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from augment import IMAGENET_MEAN, IMAGENET_STD, JITTER, Params, Recipe, augment, draw, normalize, recipe
+from augment import IMAGENET_MEAN, IMAGENET_STD, JITTER, Params, Recipe, augment, draw, normalize, recipe, training_recipe
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # views stay in [0, 1]
 ADJUST = {"brightness": F.adjust_brightness, "contrast": F.adjust_contrast,
@@ -393,3 +393,11 @@ def test_gpu_agrees_with_cpu_and_waits_for_nothing(version: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(view.cpu(), augment(images, params, made), rtol=0, atol=2e-4)
+
+
+def test_the_recipe_of_a_training_is_what_its_settings_say() -> None:
+    config = {"crop": 32, "aug_plus": True, "blur": 0.3, "crop_scale": [0.4, 0.9], "grayscale": 0.1, "pixel_boxes": False, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    plus = training_recipe(config, grid=32)
+    assert plus == recipe("v2", 32, scale=(0.4, 0.9), grayscale=0.1, blur_p=0.3, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    plain = training_recipe(config | {"aug_plus": False, "pixel_boxes": True}, grid=28)
+    assert plain == recipe("v1", 32, scale=(0.4, 0.9), grayscale=0.1, grid=28, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)) and plain.blur_p == 0

@@ -109,6 +109,8 @@ Q = "module.encoder_q."
     (lambda s: s.update({Q + "layer1.0.extra.num_batches_tracked": torch.tensor(1)}), "do not fit a resnet18: .*extra"),
     (lambda s: [s.pop(key) for key in list(s) if "conv1.weight" in key], "neither MoCo's keys"),
     (lambda s: s.clear(), "neither MoCo's keys .* its first is 'none'"),
+    (lambda s: s.update({3: torch.zeros(1)}), "keys are not all names"),
+    (lambda s: s.update({Q + "fc.weight": torch.tensor(1.0)}), "its head is neither"),
 ])
 def test_a_partial_match_is_refused(change, words: str) -> None:
     state = small()
@@ -136,6 +138,9 @@ def test_settings_that_are_not_ours_are_not_taken_for_ours(tmp_path: Path) -> No
     for config in ({"crop": "random", "mean": 3}, {"lr": 1}, {"crop": 32, "mean": [0.5]}):
         torch.save(content | {"config": config}, tmp_path / "odd.pth.tar")
         assert load(tmp_path / "odd.pth.tar").crop == 224
+        assert run("export", tmp_path / "odd.pth.tar", tmp_path / "out.pth", "--format=timm", "--overwrite").returncode == 0
+    utils.save_checkpoint(tmp_path / "odd.pth.tar", content | {"images": "many"})
+    assert one_line(run("test", f"--pretrained={tmp_path}/odd.pth.tar", "--dataset_root=shapes", "--device=cpu"), "its images cannot be what they are")
 
 
 def test_a_foreign_file_is_evaluated(tmp_path: Path) -> None:

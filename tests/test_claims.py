@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from data import write_fashion_mnist
-from evaluation_data import ROOT
+from evaluation_data import ROOT, class_folders, fabricated_run
+from scripts import run
 
 
 def claims(place: Path, *flags: str, more: list[str] | None = None) -> subprocess.CompletedProcess:
@@ -32,7 +33,29 @@ def test_the_experiment_runs_through_and_another_does_not_pass_for_it(tmp_path: 
     assert [path.read_text() for path in sorted(runs.glob("*/log.csv"))] == logs and {path: path.read_text() for path in runs.glob("*/eval/*/result.json")} == results
 
 
+def test_untrained_encoders_are_measured_once_on_whatever_data(tmp_path: Path) -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import claims as driver
+    for data in ("data", "other"):
+        class_folders(tmp_path / data, seed=0, per_class=4)
+    fabricated_run(tmp_path / "output", "v1", epochs=(3,))
+    run_folder, flags = tmp_path / "output/IMAGENET-64/v1", [f"--encoder_output_root={tmp_path}/output", "--linear_epochs=1", "--knn_k=5", "--num_workers=0", "--device=cpu"]
+
+    def left(data: str) -> bool:
+        return bool(driver.untrained_command(run_folder, str(tmp_path / data), 3, ["test.py"]))
+    for data in ("data", "other"):
+        for encoder in ("trained", "random"):
+            assert left(data)
+            assert run("test", *flags, f"--dataset_root={tmp_path / data}", f"--encoder={encoder}").returncode == 0
+        assert not left(data)
+
+
 def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
+    write_fashion_mnist(tmp_path / "there" / "data", train=40, test=20)
+    for more in (["--preset", "mocov2"], ["--momentum=0.5"], ["--no-shuffle_bn"], ["--seed", "3"]):
+        done = claims(tmp_path / "there", more=more)
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and f"{more[0].split('=')[0]} after --" in done.stderr, done.stderr
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["data"]
     for flags, words in (([], "'data' is no folder"), (["--lanes=0"], "--lanes 0 must be 1 or more")):
         done = claims(tmp_path, *flags)
         lines = done.stderr.strip().splitlines()

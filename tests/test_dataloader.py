@@ -637,12 +637,6 @@ main([])
     assert done.returncode == 1 and done.stderr.endswith("ValueError: a bug\n"), done.stderr
 
 
-def test_a_batch_moves_as_a_whole() -> None:
-    batch = dataloader.Batch(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.ones(2), torch.tensor([1, 2]), ["/x"])
-    moved = batch.to(torch.device("meta"))
-    assert moved.images.is_meta and moved.aspect.is_meta and moved.labels.is_meta and moved.failed == ["/x"]
-
-
 # ------------------------------------------------------------------------------------------------------------------------- CIFAR-10
 
 @pytest.mark.parametrize("below", ["", "cifar-10-batches-bin"])

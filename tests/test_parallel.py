@@ -18,6 +18,7 @@ from data import write_folders
 from scripts import Done, free_ports, run
 
 import dataloader
+import evaluate
 import model
 import parallel
 import train
@@ -156,6 +157,32 @@ def test_evaluation_on_two_devices_counts_every_image_once(data: dict[str, Path]
     replicas = json.loads(result.read_text())
     for name in ("knn_top1", "trials", "heldout_top1", "train_images", "test_images"):
         assert one[name] == two[name] == replicas[name], name
+
+
+def test_protocols_on_two_processes_are_those_on_one(data: dict[str, Path], alone: Callable[[str], Path]) -> None:
+    home = alone("v1 shuffled").parents[1]
+    flags = [f"--dataset_root={data['large']}", f"--encoder_output_root={home}", "--device=cpu", "--num_workers=0", "--precision=fp64", "--knn_k=3", "--eval_batch_size=5"]
+    jobs = {"original": ["--protocol=original", "--linear_epochs=2", "--linear_lrs", "0.01", "--linear_batch_size=9"],  # 5 and 4 of the 9
+            "cached-50percent": ["--linear_views=4", "--train_fraction=0.5", "--linear_epochs=3", "--trials=2"]}
+
+    def results() -> dict[str, tuple[dict, dict]]:
+        folders = {kind: home / f"IMAGENET-64/v1/eval/epoch_0002-large-{kind}" for kind in jobs}
+        return {kind: (json.loads((folder / "result.json").read_text()), torch.load(folder / "linear.pth.tar", weights_only=True)) for kind, folder in folders.items()}
+    on_processes(2, [["test", *flags, *more] for more in jobs.values()])
+    two = results()
+    for more in jobs.values():
+        assert run("test", *flags, *more).returncode == 0
+    one = results()
+    for kind in jobs:
+        for name in ("knn_top1", "trials", "per_class_top1", "heldout_top1", "linear_top1", "train_images"):
+            assert one[kind][0][name] == two[kind][0][name], (kind, name)
+        torch.testing.assert_close(one[kind][1]["weight"], two[kind][1]["weight"], rtol=1e-4, atol=1e-6)  # features are kept in float32
+
+
+def test_batches_that_are_too_small_for_the_processes_are_refused() -> None:
+    cfg = evaluate.settled(utils.load_config("test", ["--protocol=original", "--linear_batch_size=3"]))
+    with pytest.raises(utils.UserError, match="batches of 3 images are too few for 2 processes"):
+        evaluate.check_sizes(cfg, None, torch.arange(52) % 4, torch.arange(52), None, 32, processes=2)
 
 
 def test_the_identity_for_a_permutation_is_plain_batch_norm(data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

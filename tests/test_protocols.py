@@ -167,6 +167,53 @@ def test_finetuned_encoders_are_saved_and_give_the_reported_accuracy(place: Path
     assert float(top1) == pytest.approx(found["linear_top1"])
 
 
+def test_the_untrained_column_is_of_the_encoder_from_which_the_run_started(tmp_path: Path) -> None:
+    class_folders(tmp_path / "data", seed=0, per_class=4)
+    flags = [f"--encoder_output_root={tmp_path}/output", f"--dataset_root={tmp_path}/data", *FAST]
+    fabricated_run(tmp_path / "output", "v1", epochs=(1,))  # its seed is 7
+    assert run("test", *flags, "--encoder=random").returncode == 0
+    header = "top-1 (%)         untrained   cached"
+    assert header in run("test", *flags).stdout
+    assert header not in run("test", *flags, "--precision=bf16").stdout
+    assert header in run("test", *flags).stdout
+    last = tmp_path / "output/IMAGENET-64/v1/checkpoints/last.pth.tar"
+    content = utils.load_checkpoint(last)
+    utils.save_checkpoint(last, content | {"config": content["config"] | {"seed": 8}})
+    assert header not in run("test", *flags).stdout  # trained anew from others
+    for name in ("random_moco", "other"):  # files from elsewhere, one of which is called so
+        torch.save({"state_dict": content["state_dict"], "config": content["config"]}, tmp_path / f"{name}.pth")
+        assert header not in run("test", *flags, f"--pretrained={tmp_path}/{name}.pth").stdout
+
+
+def test_the_result_says_what_was_computed_not_what_was_asked(place: Path) -> None:
+    found, _ = result(place, "--precision=auto")
+    assert found["precision"] == parallel.pick_precision("auto", torch.device("cpu"))
+
+
+def test_finetuning_says_whose_neighbours_vote(place: Path) -> None:
+    done = run("test", f"--encoder_output_root={place}/output", f"--dataset_root={place}/data", *FAST, "--finetune")
+    assert [line for line in done.stdout.splitlines() if line.startswith("kNN")][0].endswith("before the finetuning"), done.stdout
+
+
+def test_the_curves_end_with_the_accuracy_that_is_reported(place: Path) -> None:
+    for flags in ([], ["--protocol=reference"]):
+        found, name = result(place, *flags)
+        rows = utils.read_csv(place / f"output/IMAGENET-64/v1/eval/{name}/accuracy.csv")
+        assert [top1 for top1, epoch in zip(rows["top1"], rows["epoch"]) if epoch == 2] == pytest.approx(found["trials"], abs=1e-4)
+
+
+def test_a_run_whose_settings_are_not_valid_is_not_taken_for_a_foreign_file(tmp_path: Path) -> None:
+    last = fabricated_run(tmp_path, "v1", epochs=(1,)) / "checkpoints" / "last.pth.tar"
+    content = utils.load_checkpoint(last)
+    utils.save_checkpoint(last, content | {"config": content["config"] | {"batch_size": 0}})
+    assert one_line(run("test", f"--encoder_output_root={tmp_path}", "--dataset_root=shapes", *FAST), "has settings that are not valid: --batch_size 0")
+    utils.save_checkpoint(last, {name: value for name, value in content.items() if name != "config"})
+    done = run("test", f"--encoder_output_root={tmp_path}", "--dataset_root=shapes", "--encoder_exp_version=v1", "--linear_batch_size=0", *FAST)
+    assert done.returncode == 2  # (bad flags come first)
+    cfg = evaluate.settled(utils.load_config("test", [f"--encoder_output_root={tmp_path}"]))
+    assert "does not say its settings: crop 224 px" in evaluate.load_subject(cfg).found
+
+
 def test_folds_are_ten_trainings_each_on_its_thousand(place: Path) -> None:
     folds = [np.random.default_rng(i).permutation(40)[:20] for i in range(10)]
     (place / "stl" / "stl10_binary" / "fold_indices.txt").write_text("\n".join(" ".join(map(str, fold)) for fold in folds) + "\n")
@@ -210,6 +257,10 @@ def test_more_stored_views_are_random_crops_of_the_same_images_whatever_the_batc
     (["--train_fraction=0"], "--train_fraction 0"),
     (["--train_fraction=0.01", "--linear_views=0"], "--linear_views 0"),
     (["--protocol=original", "--linear_lrs", "3e38"], "diverged at learning rate 3e+38"),
+    (["--linear_lrs", "auto", "0.5"], "--linear_lrs auto 0.5: auto stands alone"),
+    (["--finetune", "--linear_batch_size=1"], "--finetune needs batches of two images or more"),
+    (["--finetune", "--finetune_lr=1e30"], "give smaller --linear_lrs and --finetune_lr"),
+    (["--train_fraction=0.01"], "leave none to choose a learning rate on"),
 ])
 def test_contradictions_are_one_line(place: Path, flags: list[str], words: str) -> None:
     done = run("test", f"--encoder_output_root={place}/output", f"--dataset_root={place}/data", *FAST, *flags)
@@ -236,8 +287,17 @@ def test_folds_that_are_damaged_are_one_line(place: Path, tmp_path: Path) -> Non
 
 def test_features_that_do_not_fit_into_memory_are_said_before(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(utils.UserError, match="--linear_views 1"):
-        evaluate.check_memory(10 ** 15)
-    evaluate.check_memory(10 ** 6)
+        evaluate.check_memory(10 ** 15, "use --linear_views 1")
+    evaluate.check_memory(10 ** 6, "")
+
+
+def test_what_has_no_room_is_said_before_any_feature_is_read(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self, *more, real=Path.read_text, **named: "MemAvailable: 300 kB" if str(self) == "/proc/meminfo" else real(self, *more, **named))
+    monkeypatch.setattr(evaluate, "extract_features", None)
+    done = run("test", f"--encoder_output_root={place}/output", f"--dataset_root={place}/data", *FAST)  # 60 x 2 + 30 features of 512
+    assert one_line(done, "0.0 GB of memory, and 0.0 are free: use --linear_views 1, or a smaller --train_fraction"), (done.stdout, done.stderr)
+    done = run("train", f"--dataset_root={place}/data", f"--output_root={tmp_path}", *TINY, "--knn_every=1", f"--knn_root={place}/data")
+    assert one_line(done, "use fewer --knn_images") and not list(tmp_path.iterdir()), done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------------ while training
@@ -298,6 +358,11 @@ def test_the_log_holds_what_the_keys_of_the_queue_show(tmp_path: Path) -> None:
     queue = utils.load_checkpoint(tmp_path / "IMAGENET-64/v1/checkpoints/last.pth.tar")["state_dict"]["module.queue"].double()
     singular = torch.linalg.svdvals(queue)
     p = singular / singular.sum()
+    assert run("train", f"--dataset_root={tmp_path}/data", f"--output_root={tmp_path}/both", *TINY, "--symmetric", "--num_keys=32").returncode == 0
+    both = utils.read_csv(tmp_path / "both/IMAGENET-64/v1/log.csv")
+    whole = utils.load_checkpoint(tmp_path / "both/IMAGENET-64/v1/checkpoints/last.pth.tar")["state_dict"]
+    first = whole["module.queue"].double().roll(-int(whole["module.queue_ptr"]), 1)[:, :16]  # the keys of one view alone: pairs of views are no pairs of images
+    assert both["uniformity"][-1] == pytest.approx(float((-2 * torch.pdist(first.T).square()).exp().mean().log()), rel=1e-3)
     assert log["effective_rank"][-1] == pytest.approx(float(torch.exp(-(p * p.log()).sum())), rel=1e-3)
     distances = torch.pdist(queue.T).square()
     assert log["uniformity"][-1] == pytest.approx(float((-2 * distances).exp().mean().log()), rel=1e-3)

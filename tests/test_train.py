@@ -1,5 +1,7 @@
 """train.py as users run it, on miniature data."""
 
+import contextlib
+import io
 import math
 import os
 import shutil
@@ -337,7 +339,12 @@ def test_a_small_stem_is_trained_and_evaluated(folders: Path, tmp_path: Path):
 def test_small_data_sets_are_advised(folders: Path, tmp_path: Path):
     done = pretrain(folders, tmp_path, "--max_epoch=1", "--num_keys=48", "--momentum=0.999")
     assert "--num_keys 48 is 60 % of the 80 images" in done.stderr and "try 8" in done.stderr
-    assert "with --momentum 0.999 the key encoder moves at 1/1000 a step, and there are 5 steps: try 0.9" in done.stderr
+    assert "with --momentum 0.999 the key encoder moves by 0.001 of the way to the query encoder in a step, and there are 5 steps: give it more epochs" in done.stderr
+    for epochs, momentum, advice in ((10, 0.99, "try 0.9, or more epochs"), (10, 0.9, None), (9, 0.9, "give it more epochs"), (100, 1.0, "try 0.99, or more epochs")):
+        cfg = utils.load_config("train", [f"--max_epoch={epochs}", f"--momentum={momentum}", "--num_keys=16", "--batch_size=16"])
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            train.advise(cfg, 80)
+        assert said.getvalue().strip().endswith(advice) if advice else not said.getvalue(), (epochs, momentum, said.getvalue())
     assert pretrain(folders, tmp_path, "--max_epoch=2", "--num_keys=16", "--momentum=0.5", "--overwrite").stderr == ""
 
 

@@ -228,3 +228,28 @@ def test_describe_shows_every_key():
     text = utils.describe(cfg, "configuration")
     assert all(re.search(rf"\b{name}=", text) for name in vars(cfg)) and max(map(len, text.splitlines())) <= 120
     assert utils.describe(SimpleNamespace(a=[1, 2]), "t") == "t:\n  a=1 2"
+
+
+# ---------------------------------------------------------------------------------------------------------------------- presets
+
+PUBLISHED = {  # what the papers and the reference's scripts and notebook say
+    "mocov2": {"mlp": True, "aug_plus": True, "blur": 0.5, "cosine": True, "temperature": 0.2, "shuffle_bn": True, "num_keys": 65536, "momentum": 0.999, "lr": 0.03,
+               "batch_size": 256, "weight_decay": 1e-4, "max_epoch": 200, "feature_dim": 128, "crop_scale": [0.2, 1.0], "symmetric": False},
+    "cifar10": {"arch": "resnet18", "small_stem": True, "crop": 32, "num_keys": 4096, "momentum": 0.99, "temperature": 0.1, "feature_dim": 128, "batch_size": 512, "lr": 0.06,
+                "cosine": True, "weight_decay": 5e-4, "max_epoch": 200, "aug_plus": True, "blur": 0.0, "grayscale": 0.2, "crop_scale": [0.08, 1.0], "mlp": False,
+                "mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010], "symmetric": False},
+    "M0": {"momentum": 0.0, "shuffle_bn": True}, "M1": {"momentum": 0.9, "shuffle_bn": True}, "M2": {"momentum": 0.999, "shuffle_bn": False}, "M3": {"momentum": 0.999, "shuffle_bn": True},
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_are_what_was_published(preset: str) -> None:
+    cfg = vars(utils.load_config("train", ["--preset", preset]))
+    assert {name: cfg[name] for name in PUBLISHED[preset]} == PUBLISHED[preset]
+
+
+@pytest.mark.parametrize("flags", [["--preset", "claims", "M0"], ["--preset", "claims", "--preset", "M0"], ["--preset=claims", "--preset=M0"]])
+def test_several_presets_add_up_however_they_are_given(flags: list[str]) -> None:
+    cfg = utils.load_config("train", flags)
+    assert (cfg.arch, cfg.momentum, cfg.exp_version) == ("resnet18", 0.0, "M0")
+    assert utils.load_config("train", ["--preset", "M0", "M3"]).momentum == 0.999  # a later one wins

@@ -124,7 +124,7 @@ def test_accuracy_by_epoch() -> None:
 
 
 def test_accuracy_of_one_evaluation() -> None:
-    result = {"linear_top1": 74.2, "knn_top1": 61.0, "knn_k": 200, "encoder": "trained", "epoch": 100, "arch": "resnet50", "dataset": "stl10"}
+    result = {"linear_top1": 74.2, "knn_top1": 61.0, "knn_k": 200, "encoder": "trained", "epoch": 100, "arch": "resnet50", "dataset": "stl10", "protocol": "cached"}
     figure = visualize.accuracy_figure(curves(), result)
     lines = figure.axes[0].get_lines()
     assert [list(line.get_ydata()) for line in lines[:3]] == [pytest.approx(curve) for curve in curves().tolist()]
@@ -203,6 +203,10 @@ def test_a_result_of_another_measure_or_data_set_or_a_damaged_one_is_not_reused(
     says("evaluating", f"--dataset_root={tmp_path}/two/data", "--knn_k=3")  # of the same name
     (home / "eval" / "epoch_0001" / "result.json").write_text("[1]")
     says("evaluating", one, "--knn_k=3")
+    for split in ("train", "test"):
+        next((tmp_path / "one/data" / split / "class0").iterdir()).unlink()
+        says("evaluating", one, "--knn_k=3")  # of the same path, but of fewer images
+        says("stored", one, "--knn_k=3")
     (home / "eval" / "epoch_0001" / "accuracy.csv").write_text("")
     assert one_line(run("visualize.py", *flags, one, "--knn_k=3"), "no column trial")
     (home / "log.csv").write_text("step,loss\n")
@@ -215,11 +219,37 @@ def test_a_result_of_another_measure_or_data_set_or_a_damaged_one_is_not_reused(
     (["--encoder_exp_version=M1", "--loss_exp_version", "M8"], "runs with one: M0, M1, M3"),
     (["--encoder_exp_version=M1", "--encoder=random"], "for test.py"),
     (["--encoder_exp_version=M1", "--dataset_root=nowhere"], "nowhere"),
+    (["--encoder_exp_version=M1", "--figures", "all", "loss"], "all stands alone"),
+    (["--encoder_exp_version=M1", "--seeds", "none", "1"], "none stands alone"),
 ])
 def test_bad_input_is_one_line_before_any_work(place: Path, tmp_path: Path, flags: list[str], words: str) -> None:
     done = run("visualize.py", f"--encoder_output_root={place}/output", f"--dataset_root={place}/data", f"--result_path={tmp_path}/img", *FAST, *flags)
     assert one_line(done, words), done.stderr
     assert not (tmp_path / "img").exists()
+
+
+def test_a_run_is_drawn_on_data_of_another_size_and_the_loss_is_that_of_the_epoch(place: Path, tmp_path: Path) -> None:
+    """A run that stored images smaller than its crop, as of Fashion-MNIST, on folders; its last rows are of epochs 1 and 2, unevenly apart."""
+    home = fabricated_run(tmp_path, "small", epochs=(1, 2))
+    for path in (home / "checkpoints").iterdir():
+        content = utils.load_checkpoint(path)
+        utils.save_checkpoint(path, content | {"config": content["config"] | {"resize": 12}})
+    utils.write_csv(home / "log.csv", ["step", "epoch", "loss", "contrast_top1", "lr", "images_per_second"],
+                    [(10, 1, 4, 8, 0.03, 100), (50, 1, 3, 9, 0.03, 100), (90, 2, 2, 10, 0.03, 100), (100, 2, 1, 20, 0.03, 100)])
+    (home / "config.yaml").write_text("")  # is gone, and all the same
+    flags = [f"--encoder_output_root={tmp_path}", f"--dataset_root={place}/data", f"--result_path={tmp_path}/img", "--encoder_exp_version=small", *FAST]
+    for epoch, loss, contrast in ((1, (10 * 4 + 40 * 3) / 50, (10 * 8 + 40 * 9) / 50), (2, (40 * 2 + 10 * 1) / 50, (40 * 10 + 10 * 20) / 50)):
+        done = run("visualize.py", *flags, f"--load_pretrained_epoch={epoch}")
+        assert done.returncode == 0 and (tmp_path / "img" / "views.png").exists(), done.stderr
+        row = json.loads((tmp_path / "img/data/versions.json").read_text())["table"]["small"][0]
+        assert (row["loss"], row["contrast_top1"]) == (loss, contrast)
+
+
+def test_under_torchrun_is_one_line_even_alone(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    done = run("visualize.py", f"--encoder_output_root={place}/output", f"--dataset_root={place}/data", f"--result_path={tmp_path}", "--encoder_exp_version=M1", *FAST)
+    assert one_line(done, "one process"), done.stderr
 
 
 def test_loss_versions(place: Path) -> None:
@@ -277,18 +307,23 @@ def test_only_the_figures_that_are_asked_for(place: Path, tmp_path: Path) -> Non
     assert one_line(run("visualize.py", "--redraw", f"--result_path={tmp_path}/none"), "--redraw finds nothing")
     assert one_line(run("visualize.py", *flags, f"--result_path={tmp_path}/x", "--figures", "views", "loss"), "--dataset_root is missing")
     (tmp_path / "data" / "filters.npz").write_bytes(b"PK")
-    assert one_line(run("visualize.py", "--redraw", f"--result_path={tmp_path}"), "filters.npz is damaged")
+    assert one_line(run("visualize.py", "--redraw", f"--result_path={tmp_path}"), "the figure filters in")
     assert run("visualize.py", "--redraw", "--figures", "loss", f"--result_path={tmp_path}").returncode == 0
     (tmp_path / "data" / "filters.npz").unlink()
     (tmp_path / "data" / "loss.json").write_text("{")
-    assert one_line(run("visualize.py", "--redraw", f"--result_path={tmp_path}"), "loss.json is gone or damaged")
+    assert one_line(run("visualize.py", "--redraw", f"--result_path={tmp_path}"), "the figure loss in")
+    for content in ("{}", "[]", '{"M1": []}', '{"M1": {"step": 1}}'):
+        (tmp_path / "data" / "loss.json").write_text(content)
+        assert one_line(run("visualize.py", "--redraw", f"--result_path={tmp_path}"), "the figure loss in"), content
 
 
 def test_without_scikit_learn_the_map_is_left_out_and_said(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     flags = [f"--encoder_output_root={place}/output", f"--dataset_root={place}/data", "--encoder_exp_version=M3", f"--result_path={tmp_path}", *FAST]
     done = run("visualize.py", *flags)
-    assert done.returncode == 0 and "embedding.png is left out" in done.stderr and not (tmp_path / "embedding.png").exists()
+    assert done.returncode == 0 and "embedding.png is left out" in done.stderr and not (tmp_path / "embedding.png").exists() and "earlier call" not in done.stderr
+    (tmp_path / "embedding.png").write_bytes(b"")
+    assert f"embedding.png in {tmp_path} is of an earlier call" in run("visualize.py", *flags).stderr
     assert one_line(run("visualize.py", *flags, "--figures", "embedding"), "pip install scikit-learn")
 
 
@@ -303,6 +338,15 @@ def test_tensorboard_gets_scalars_views_neighbours_and_features(place: Path, tmp
         assert [(event.step, event.value) for event in events.Scalars(name)] == [(step, pytest.approx(value, rel=1e-4)) for step, value in zip(log["step"], log[name])]
     assert [event.step for event in events.Scalars("knn_top1")] == [3, 6] and [event.step for event in events.Images("views")] == [2, 3, 6]
     assert set(events.Tags()["images"]) == {"views", "neighbours"} and list((folder / "tensorboard").rglob("tensors.tsv"))
+
+
+def test_tensorboard_that_cannot_be_written_is_said_and_the_run_goes_on(place: Path, tmp_path: Path) -> None:
+    flags = [f"--dataset_root={place}/data", f"--output_root={tmp_path}", "--arch=resnet18", "--crop=16", "--feature_dim=8", "--num_keys=8", "--batch_size=8",
+             "--bn_groups=2", "--num_workers=0", "--log_every=2", "--device=cpu", "--momentum=0.5", "--tensorboard"]
+    (tmp_path / "IMAGENET-64" / "v1").mkdir(parents=True)
+    (tmp_path / "IMAGENET-64" / "v1" / "tensorboard").write_text("a file")
+    done = run("train.py", *flags, "--max_epoch=1")
+    assert done.returncode == 0 and done.stderr.count("TensorBoard's files cannot be written") == 1, done.stderr
 
 
 def test_without_tensorboard_is_one_line(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
