@@ -148,6 +148,7 @@ class Key:
         self.kind = match[1] if match else "bool" if isinstance(default, bool) else type(default).__name__
         self.is_list = self.kind.startswith("list ")
         self.is_bool = self.kind == "bool"
+        self.choices = [word for word in self.kind.removeprefix("list ").split("|") if word.split()[0] not in ("int", "float", "str", "bool", "null", "auto", "none")]
         self.takes_text = "str" in self.kind.removeprefix("list ").split("|")
 
     def accepts(self, value: Any) -> Any:
@@ -224,7 +225,9 @@ def load_config(script: str, argv: list[str]) -> SimpleNamespace:
     parser.add_argument("--preset", metavar="NAME", nargs="+", action="extend", help="named sets of values, a later one wins: " + ", ".join(read_yaml(CONFIG_FILE)["presets"]))
     parser.add_argument("--config", metavar="FILE", help="a YAML file of values, such as the config.yaml of a run")
     for key in keys.values():
-        options = {"help": f"{key.help} (default: {' '.join(map(str, key.default)) if key.is_list else key.default})".replace("%", "%%")}
+        default = "null" if key.default is None else " ".join(map(str, key.default)) if key.is_list else key.default
+        choices = f" [{', '.join(key.choices)}]" * (len(key.choices) > 1)
+        options = {"help": f"{key.help}{choices} (default: {default})".replace("%", "%%")}
         if key.is_bool:
             options["action"] = argparse.BooleanOptionalAction
         else:

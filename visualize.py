@@ -100,7 +100,7 @@ def collect(cfg: SimpleNamespace, wanted: set[str], where: Path) -> list[str]:
 
     data: dict[str, Any] = {}
     if "loss" in wanted:
-        data["loss"] = {version: [{"step": list(map(int, log["step"])), "loss": [round(loss, 4) for loss in log["loss"]]} | ({"chance": log["chance"]} if "chance" in log else {})
+        data["loss"] = {version: [{"step": list(map(int, log["step"])), "loss": [round(loss, 4) for loss in log["loss"]]} | ({"chance": log["chance"]} if "chance" in log else {}) | {"drops": log["drops"]}
                                   for log in runs] for version, runs in logs.items()}
     if "versions" in wanted:
         found = {version: [accuracy_of(cfg, launch, run, cfg.load_pretrained_epoch, data_now) for run in runs_of(version, cfg)] for version in versions}
@@ -226,13 +226,15 @@ class ImagesOf:
 
 
 def read_loss(folder: Path) -> dict[str, Any]:
-    """The columns of a run's log.csv, and `chance`: log(K + 1), the loss when no key can be told from another."""
+    """The columns of a run's log.csv; `chance`: log(K + 1), the loss when no key can be told from another; `drops`: the steps at which a constant learning rate fell."""
     log: dict[str, Any] = utils.read_csv(folder / "log.csv", ("step", "loss"))
     if not log["step"]:
         raise utils.UserError(f"{str(folder / 'log.csv')!r} has no rows yet: its run has just begun")
     num_keys = config_of(folder).get("num_keys")
     if isinstance(num_keys, int) and num_keys > 0:
         log["chance"] = math.log(num_keys + 1)
+    rates = log.get("lr", [])
+    log["drops"] = [step for step, before, now, after in zip(log["step"][1:], rates, rates[1:], rates[2:]) if before == now > 2 * after]
     return log
 
 
@@ -349,17 +351,18 @@ def write_figure(path: Path, figure: Figure) -> None:
 def loss_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Contrastive loss over steps, a panel for each version with a line for each of its runs, one y axis; dashed: the loss at chance.
 
-    A log holds the columns `step` and `loss` and, if known, `chance`. Long logs are drawn pale, with their running mean on top.
+    A log holds the columns `step` and `loss` and, if known, `chance` and `drops`, the steps at which the learning rate falls. Long logs are drawn pale, with their running mean on top.
     """
     columns = min(len(logs), 4)
     rows = math.ceil(len(logs) / columns)
     figure = Figure(figsize=(8 if columns > 1 else 6, 0.6 + 2.6 * rows + 0.6 * (columns == 1)), layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     chances = {round(log["chance"], 6) for runs in logs.values() for log in runs if "chance" in log}
+    styles = {"solid": "-", "dotted": ":", "dashed": "--", "dash-dotted": "-."}
     label = "chance, log(K + 1)" + (f" = {chances.copy().pop():.2f}" if len(chances) == 1 else "")
     for axes, (version, runs) in zip(panels, logs.items()):
         unit = 1000 if max(max(log["step"], default=0) for log in runs) >= 5000 else 1
-        for log, style in zip(runs, itertools.cycle(["-", ":", "--", "-."])):
+        for log, style in zip(runs, itertools.cycle(styles.values())):
             long, colour = len(log["loss"]) > 200, colour_of(version, logs)
             steps = [step / unit for step in log["step"]]
             axes.plot(steps, log["loss"], color=colour, linewidth=1 if long else 1.6, alpha=0.3 / len(runs) if long else 1, linestyle="-" if long else style)
@@ -367,6 +370,8 @@ def loss_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
                 axes.plot(steps, running_mean(log["loss"], len(log["loss"]) // 80), color=colour, linewidth=1.6, linestyle=style)
         if "chance" in runs[0]:
             axes.axhline(runs[0]["chance"], color=GREY, linestyle="--", linewidth=1.2, label=label)
+        for step in runs[0].get("drops", []):
+            axes.axvline(step / unit, color="0.75", linewidth=1, zorder=0, label="the learning rate falls" if step == runs[0]["drops"][0] else None)
         axes.set_title(version)
         axes.set_xlabel("step (thousands)" if unit == 1000 else "step")
         tidy(axes, ticks=4 if columns > 2 else 6)
@@ -376,10 +381,10 @@ def loss_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         axes.set_ylabel("contrastive loss (nats)")
     with_chance = next((axes for axes, runs in zip(panels, logs.values()) if "chance" in runs[0]), None)
     if with_chance is not None:
-        figure.legend(*with_chance.get_legend_handles_labels(), loc="outside lower center", frameon=False)
+        figure.legend(*with_chance.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     most = max(map(len, logs.values()))
     if most > 1:
-        figure.suptitle(f"{most} seeds each", fontsize=10, color=GREY)
+        figure.suptitle(f"{most} seeds each ({', '.join(list(styles)[:most])})", fontsize=10, color=GREY)
     return figure
 
 
@@ -517,7 +522,7 @@ def running_mean(values: Sequence[float], reach: int) -> list[float]:
 
 
 def tidy(axes: Axes, ticks: int = 8) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, steps=[1, 2, 4, 5, 10] if ticks <= 4 else [1, 2, 5, 10]))
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -566,7 +571,7 @@ def neighbours_data(train_images: Any, train_labels: torch.Tensor, test_images: 
 
     `features`: by name of the encoder, the training features (n, D) and test features (m, D); images: anything that an array of rows
     selects uint8 (.., 1 or 3, S, S) from. Returns, for E encoders and c test images: encoders (E,), their names; share float32 (E,), how
-    many of the neighbours of all m test images are of the right class, percent; tests () m; rows int32 (c,), labels int32 (c,), names (c,), images
+    many of the neighbours of all m test images are of the right class, percent; tests () m; bank () n; rows int32 (c,), labels int32 (c,), names (c,), images
     uint8 (c, 1 or 3, s, s) of the test images shown; neighbour_rows and neighbour_labels int32 (E, c, k), closest first, neighbour_images
     uint8 (E, c, k, 1 or 3, s, s). ValueError unless 1 <= k <= n.
     """
@@ -580,7 +585,7 @@ def neighbours_data(train_images: Any, train_labels: torch.Tensor, test_images: 
         found.append(neighbours[rows])
     found = torch.stack(found)
     pictures = thumbnails(train_images[found.flatten().numpy()], NEIGHBOUR_SIDE)
-    return {"encoders": np.array(list(features)), "share": np.array(share, np.float32), "tests": np.array(len(test_labels), np.int32),
+    return {"encoders": np.array(list(features)), "share": np.array(share, np.float32), "tests": np.array(len(test_labels), np.int32), "bank": np.array(len(train_labels), np.int32),
             "rows": rows.numpy().astype(np.int32), "labels": test_labels[rows].numpy().astype(np.int32), "names": class_names(classes, test_labels[rows]),
             "images": thumbnails(test_images[rows.numpy()], NEIGHBOUR_SIDE), "neighbour_rows": found.numpy().astype(np.int32),
             "neighbour_labels": train_labels[found].numpy().astype(np.int32), "neighbour_images": pictures.reshape(*found.shape, *pictures.shape[1:])}
@@ -608,7 +613,7 @@ def neighbours_figure(data: Mapping[str, np.ndarray]) -> Figure:
     frames = [Rectangle((0, 0), 1, 1, fill=False, **frame(right)) for right in (True, False)]
     cross = Line2D([], [], linestyle="none", marker="X", markersize=8, color=WRONG, markeredgecolor="white", markeredgewidth=0.8)
     figure.legend([frames[0], (frames[1], cross)], ["of the class", "of another class"], loc="outside lower center", ncols=2, frameon=False,
-                  title=f"test image, then its neighbours, the nearest first; percentages over {int(data['tests']):,} test images")
+                  title=f"test image, then its nearest of {int(data['bank']):,} training images; percentages over {int(data['tests']):,} test images")
     return figure
 
 
@@ -689,7 +694,7 @@ def filters_figure(data: Mapping[str, np.ndarray]) -> Figure:
         axes.set(xlim=(-0.05, 1.1 * columns - 0.05), ylim=(1.1 * rows - 0.05, -0.05))
         bare(axes)
         axes.set_title(str(data["encoders"][e]), parse_math=False)
-    figure.supxlabel(f"the {count} filters of the first layer, {k} × {k} px; mid grey: weight 0", fontsize=10)
+    figure.supxlabel(f"the {count} filters of the first layer, {k} × {k} px, each on its own scale; mid grey: weight 0", fontsize=10)
     return figure
 
 

@@ -150,7 +150,7 @@ def test_neighbours_are_those_of_a_plain_loop(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(evaluate, "BLOCK", 250)
     data = kept(visualize.neighbours_data(**given, seed=0, k=4), tmp_path)
     assert max(sizes) <= 250 and sum(sizes) == 2 * 60 * 25  # in blocks, every pair once
-    assert data["encoders"].tolist() == ["trained", "untrained"] and data["tests"] == 25
+    assert data["encoders"].tolist() == ["trained", "untrained"] and data["tests"] == 25 and data["bank"] == 60
     rows = data["rows"].tolist()
     assert len(set(data["labels"].tolist())) == len(rows) == 6
     assert data["labels"].tolist() == given["test_labels"][rows].tolist() and data["names"].tolist() == [CLASSES[label] for label in data["labels"]]
@@ -367,4 +367,4 @@ def test_filters_figure(count: int, k: int) -> None:
         assert len({corner for corner, _ in tiles}) == count
         (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
         assert all(left <= x and x + 1 <= right and top <= y and y + 1 <= bottom for (x, y), _ in tiles)
-    assert {"trained", "untrained", f"the {count} filters of the first layer, {k} × {k} px; mid grey: weight 0"} <= no_overlap(figure).keys()
+    assert {"trained", "untrained", f"the {count} filters of the first layer, {k} × {k} px, each on its own scale; mid grey: weight 0"} <= no_overlap(figure).keys()

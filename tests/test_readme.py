@@ -44,6 +44,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_stl10(place / "ROOT/STL-10", train=30, test=10, unlabeled=48)
     (place / "ROOT/STL-10/stl10_binary/fold_indices.txt").write_text("".join(" ".join(map(str, range(i, i + 20))) + "\n" for i in range(10)))
     write_cifar10(place / "ROOT/cifar-10", per_batch=8)
+    write_folders(place / "LABELLED", classes=2, train=24, test=4, size=16)
+    (place / "IMAGES").symlink_to(place / "LABELLED" / "train")
     write_fashion_mnist(place / "ROOT/fashion-mnist", train=48, test=20)
     return place
 
@@ -69,4 +71,5 @@ def test_each_command_works(place: Path, monkeypatch: pytest.MonkeyPatch):
             for epoch in (20, 40, 60, 100):
                 if not (copy := last.with_name(f"epoch_{epoch:04d}.pth.tar")).exists():
                     os.link(last, copy)
-    assert {"loss.png", "accr_model_compare.png", "accr_epoch_compare.png"} <= {p.name for p in (place / "img").iterdir()}
+    for folder, names in (("img", {"loss.png", "accr_model_compare.png"}), ("output/IMAGENET-64/figures", {"loss.png", "accr_model_compare.png", "accr_epoch_compare.png"})):
+        assert names <= {p.name for p in (place / folder).iterdir()}

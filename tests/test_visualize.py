@@ -257,7 +257,16 @@ def test_loss_versions(place: Path) -> None:
     assert visualize.loss_versions(SimpleNamespace(loss_exp_version=["auto"], seeds=["none"]), root, ["M1", "M3"]) == ["M0", "M1", "M3"]
     assert visualize.loss_versions(SimpleNamespace(loss_exp_version=["M3"], seeds=["none"]), root, ["M1"]) == ["M3"]
     log = visualize.read_loss(root / "M3")
-    assert log["chance"] == math.log(17) and log["step"][:2] == [5.0, 10.0]
+    assert log["chance"] == math.log(17) and log["step"][:2] == [5.0, 10.0] and log["drops"] == []
+
+
+@pytest.mark.parametrize("rates, drops", [([3, 3, 3, 0.3, 0.3, 0.03], [3, 5]), ([3, 2, 1, 0.4, 0.1, 0.0], []), ([3, 3, 2.9, 2.9, 2.8, 2.8], [])])  # a cosine has none
+def test_where_the_learning_rate_falls(tmp_path: Path, rates: list[float], drops: list[int]) -> None:
+    utils.write_csv(tmp_path / "log.csv", ["step", "loss", "lr"], [(step, 1.0, rate) for step, rate in enumerate(rates, 1)])
+    log = visualize.read_loss(tmp_path)
+    assert log["drops"] == drops
+    marks = [line.get_xdata()[0] for line in visualize.loss_figure({"v": [log]}).axes[0].get_lines()[1:]]
+    assert marks == drops
 
 
 def seed_runs(place: Path) -> list[str]:
