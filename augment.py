@@ -51,17 +51,26 @@ class Recipe:
     def __post_init__(self) -> None:
         def require(ok: bool, name: str, need: str) -> None:
             if not ok:
-                raise ValueError(f"augmentation: {name} is {getattr(self, name)!r}, it must be {need}")
+                raise ValueError(
+                    f"augmentation: {name} is {getattr(self, name)!r}, it must be {need}"
+                )
 
         require(self.crop >= 1, "crop", "at least 1 pixel")
         require(0 < self.scale[0] <= self.scale[1] <= 1, "scale", "an interval within (0, 1]")
         require(0 < self.ratio[0] <= self.ratio[1], "ratio", "an interval of positive numbers")
         require(self.grid >= 0, "grid", "a side in pixels, or 0")
-        require(0 < self.blur_sigma[0] <= self.blur_sigma[1], "blur_sigma", "an interval of positive numbers")
+        require(
+            0 < self.blur_sigma[0] <= self.blur_sigma[1],
+            "blur_sigma",
+            "an interval of positive numbers",
+        )
         for name in ("flip", "jitter_p", "grayscale", "blur_p"):
             require(0 <= getattr(self, name) <= 1, name, "a probability within [0, 1]")
-        require(len(self.jitter) == 4 and min(self.jitter) >= 0 and self.jitter[3] <= 0.5, "jitter",
-                "four strengths >= 0, the last one (hue) at most 0.5")
+        require(
+            len(self.jitter) == 4 and min(self.jitter) >= 0 and self.jitter[3] <= 0.5,
+            "jitter",
+            "four strengths >= 0, the last one (hue) at most 0.5",
+        )
         require(len(self.mean) == 3, "mean", "three numbers")
         require(len(self.std) == 3 and min(self.std) > 0, "std", "three positive numbers")
 
@@ -76,7 +85,9 @@ def recipe(version: str, crop: int, **overrides) -> Recipe:
     if version == "v1":
         return replace(Recipe(crop=crop), **overrides)
     if version == "v2":
-        plus = Recipe(crop=crop, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grayscale_first=False, blur_p=0.5)
+        plus = Recipe(
+            crop=crop, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grayscale_first=False, blur_p=0.5
+        )
         return replace(plus, **overrides)
     raise ValueError(f"augmentation {version!r} is unknown, choose v1 or v2")
 
@@ -84,8 +95,16 @@ def recipe(version: str, crop: int, **overrides) -> Recipe:
 def training_recipe(config: Mapping[str, Any], grid: int = 0) -> Recipe:
     """The recipe that the settings of train.py describe (config.yaml); `grid` as in `Recipe`, used if `pixel_boxes` is set."""
     version, blur = ("v2", config["blur"]) if config["aug_plus"] else ("v1", 0.0)
-    return recipe(version, config["crop"], scale=tuple(config["crop_scale"]), grayscale=config["grayscale"], blur_p=blur,
-                  grid=grid if config["pixel_boxes"] else 0, mean=tuple(config["mean"]), std=tuple(config["std"]))
+    return recipe(
+        version,
+        config["crop"],
+        scale=tuple(config["crop_scale"]),
+        grayscale=config["grayscale"],
+        blur_p=blur,
+        grid=grid if config["pixel_boxes"] else 0,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )
 
 
 @dataclass(frozen=True)
@@ -108,7 +127,10 @@ class Params:
         return len(self.box)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Params:
-        return replace(self, **{f.name: function(getattr(self, f.name)) for f in fields(self) if f.name != "order"})
+        return replace(
+            self,
+            **{f.name: function(getattr(self, f.name)) for f in fields(self) if f.name != "order"},
+        )
 
     def rows(self, index: slice | Tensor) -> Params:
         """The parameters of some images of the batch."""
@@ -116,7 +138,9 @@ class Params:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Params:
         """The same on another device; `dtype` converts the real-valued ones."""
-        return self._map(lambda value: _send(value, device, dtype if value.is_floating_point() else None))
+        return self._map(
+            lambda value: _send(value, device, dtype if value.is_floating_point() else None)
+        )
 
 
 def draw(aspect: Tensor, recipe: Recipe, generator: torch.Generator) -> Params:
@@ -129,7 +153,9 @@ def draw(aspect: Tensor, recipe: Recipe, generator: torch.Generator) -> Params:
     aspect = aspect.to("cpu", torch.float64)
     bad = ~((aspect > 0) & aspect.isfinite())
     if bad.any():
-        raise ValueError(f"aspect ratio {aspect[bad][0].item()} of image {int(bad.nonzero()[0])} is not positive and finite")
+        raise ValueError(
+            f"aspect ratio {aspect[bad][0].item()} of image {int(bad.nonzero()[0])} is not positive and finite"
+        )
     n = len(aspect)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -159,7 +185,9 @@ def draw(aspect: Tensor, recipe: Recipe, generator: torch.Generator) -> Params:
 
 
 @torch.no_grad()
-def augment(images: Tensor, params: Params, recipe: Recipe, dtype: torch.dtype = torch.float32) -> Tensor:
+def augment(
+    images: Tensor, params: Params, recipe: Recipe, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """One random view of each image: uint8 (N, 1 or 3, H, W) -> `dtype` (N, 3, crop, crop), normalised, same device.
 
     The images may be of any size and squeezed to a square: the boxes are shares of their sides. Hand over
@@ -168,11 +196,15 @@ def augment(images: Tensor, params: Params, recipe: Recipe, dtype: torch.dtype =
     """
     _check(images, dtype)
     if len(params) != len(images):
-        raise ValueError(f"{len(images)} images but parameters for {len(params)}: use params.rows(...)")
+        raise ValueError(
+            f"{len(images)} images but parameters for {len(params)}: use params.rows(...)"
+        )
     device = images.device
     # Which images are touched is read where the parameters lie, before they move.
-    chosen = {name: _send(getattr(params, name).nonzero().squeeze(1), device)
-              for name in ("jitter", "grayscale", "blur")}
+    chosen = {
+        name: _send(getattr(params, name).nonzero().squeeze(1), device)
+        for name in ("jitter", "grayscale", "blur")
+    }
     params = params.to(device, dtype)
     steps = {
         "jitter": lambda planes, index: _jitter(planes, params.rows(index), recipe),
@@ -181,7 +213,11 @@ def augment(images: Tensor, params: Params, recipe: Recipe, dtype: torch.dtype =
     }
     with torch.autocast(device.type, enabled=False):
         planes = _crop(images, params, recipe.crop, dtype)  # (3, N, crop, crop) in [0, 1]
-        for name in ("grayscale", "jitter", "blur") if recipe.grayscale_first else ("jitter", "grayscale", "blur"):
+        for name in (
+            ("grayscale", "jitter", "blur")
+            if recipe.grayscale_first
+            else ("jitter", "grayscale", "blur")
+        ):
             index = chosen[name]
             if len(index) == len(images):
                 planes = steps[name](planes, index)
@@ -190,20 +226,36 @@ def augment(images: Tensor, params: Params, recipe: Recipe, dtype: torch.dtype =
         return _standardise(planes, recipe.mean, recipe.std)
 
 
-def views(images: Tensor, aspect: Tensor, recipe: Recipe, generators: Sequence[torch.Generator], n: int, rows: slice,
-          dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def views(
+    images: Tensor,
+    aspect: Tensor,
+    recipe: Recipe,
+    generators: Sequence[torch.Generator],
+    n: int,
+    rows: slice,
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
     """A random view (m, 3, crop, crop) of each image for each generator: of images (m, C, H, W) that are the `rows` of a batch of n.
 
     The random numbers are drawn for the whole batch, so a row's do not depend on who holds which rows.
     """
     whole = torch.ones(n)
     whole[rows] = aspect
-    return [augment(images, draw(whole, recipe, generator).rows(rows), recipe, dtype).contiguous(memory_format=torch.channels_last) for generator in generators]
+    return [
+        augment(images, draw(whole, recipe, generator).rows(rows), recipe, dtype).contiguous(
+            memory_format=torch.channels_last
+        )
+        for generator in generators
+    ]
 
 
 @torch.no_grad()
-def normalize(images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD,
-              dtype: torch.dtype = torch.float32) -> Tensor:
+def normalize(
+    images: Tensor,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """uint8 (N, 1 or 3, H, W) -> `dtype` (N, 3, H, W), in [0, 1] less `mean`, over `std`: for evaluation."""
     _check(images, dtype)
     return _standardise(_three(images.transpose(0, 1).to(dtype) / 255), mean, std)
@@ -216,9 +268,13 @@ def _send(value: Tensor, device: torch.device | str, dtype: torch.dtype | None =
 
 def _check(images: Tensor, dtype: torch.dtype) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, they must be torch.uint8 (N, 1 or 3, H, W)")
+        raise ValueError(
+            f"images are {images.dtype} {tuple(images.shape)}, they must be torch.uint8 (N, 1 or 3, H, W)"
+        )
     if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"views in {dtype} are not supported, choose torch.float32 or torch.float64")
+        raise ValueError(
+            f"views in {dtype} are not supported, choose torch.float32 or torch.float64"
+        )
 
 
 def _standardise(planes: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -236,7 +292,14 @@ def _three(planes: Tensor) -> Tensor:
 # Crop ---------------------------------------------------------------------------------------------------------------------
 
 
-def _boxes(aspect: Tensor, area: Tensor, ratio: Tensor, place: Tensor, bounds: tuple[float, float], grid: int) -> Tensor:
+def _boxes(
+    aspect: Tensor,
+    area: Tensor,
+    ratio: Tensor,
+    place: Tensor,
+    bounds: tuple[float, float],
+    grid: int,
+) -> Tensor:
     """RandomResizedCrop's boxes (N, 4): the first of the tries (N, TRIES) that fits, else the centre, cut to a legal ratio.
 
     In shares of an image of width a and height 1, a box of area s (times a) and ratio r has width sqrt(s r / a)
@@ -244,14 +307,20 @@ def _boxes(aspect: Tensor, area: Tensor, ratio: Tensor, place: Tensor, bounds: t
     continuous ones (grid 0) are its limit for large images; at 28 px they overlap more, and the loss of a run is lower by about 0.1.
     """
     a = aspect[:, None]
-    size = torch.stack(((area * ratio / a).sqrt(), (area * a / ratio).sqrt()), dim=-1)  # (N, TRIES, 2) width, height
+    size = torch.stack(
+        ((area * ratio / a).sqrt(), (area * a / ratio).sqrt()), dim=-1
+    )  # (N, TRIES, 2) width, height
     if grid:
         size = (size * grid).round() / grid
     fits = ((size <= 1) & (size > 0)).all(-1)
-    first = (fits.cumsum(1) == 0).sum(1)  # tries that failed before the first success; TRIES if none fits
+    first = (fits.cumsum(1) == 0).sum(
+        1
+    )  # tries that failed before the first success; TRIES if none fits
     rows = torch.arange(len(aspect))
     tried = size[rows, first.clamp(max=TRIES - 1)]
-    centre = torch.stack(((bounds[1] / aspect).clamp(max=1), (aspect / bounds[0]).clamp(max=1)), dim=-1)
+    centre = torch.stack(
+        ((bounds[1] / aspect).clamp(max=1), (aspect / bounds[0]).clamp(max=1)), dim=-1
+    )
     found = (first < TRIES)[:, None]
     size = torch.where(found, tried, (centre * grid).round() / grid if grid else centre)
     place = torch.where(found, place, 0.5)
@@ -271,44 +340,93 @@ def _crop(images: Tensor, params: Params, crop: int, dtype: torch.dtype) -> Tens
     strip = min(height, math.ceil(height / blocks + 2 * max(1, height / crop)) + 2)
     start, length = top * height, box_height * height
     block = torch.arange(blocks, device=start.device, dtype=start.dtype) / blocks
-    first = (start[:, None] + length[:, None] * block - (length[:, None] / crop).clamp(min=1)).floor().long().clamp(0, height - strip)  # (N, blocks)
-    rows = _resize_matrix(start, length, height, crop, window=(first, strip)).flatten(0, 1)  # (N blocks, crop / blocks, strip)
-    columns = _resize_matrix(left * width, box_width * width, width, crop, mirrored=params.flip)[:, 0].mT  # (N, width, crop)
-    planes = _strips(images, first, strip).to(dtype, memory_format=torch.contiguous_format)  # (C, N blocks, strip, width)
-    cropped = torch.stack([torch.bmm(torch.bmm(rows, plane).view(n, crop, width), columns) for plane in planes]).div_(255)
+    first = (
+        (start[:, None] + length[:, None] * block - (length[:, None] / crop).clamp(min=1))
+        .floor()
+        .long()
+        .clamp(0, height - strip)
+    )  # (N, blocks)
+    rows = _resize_matrix(start, length, height, crop, window=(first, strip)).flatten(
+        0, 1
+    )  # (N blocks, crop / blocks, strip)
+    columns = _resize_matrix(left * width, box_width * width, width, crop, mirrored=params.flip)[
+        :, 0
+    ].mT  # (N, width, crop)
+    planes = _strips(images, first, strip).to(
+        dtype, memory_format=torch.contiguous_format
+    )  # (C, N blocks, strip, width)
+    cropped = torch.stack(
+        [torch.bmm(torch.bmm(rows, plane).view(n, crop, width), columns) for plane in planes]
+    ).div_(255)
     return cropped if len(cropped) == 3 else cropped.repeat(3, 1, 1, 1)
 
 
 def _strips(images: Tensor, first: Tensor, strip: int) -> Tensor:
     """Strips of `strip` rows from the rows `first` (N, blocks) on, of images (N, C, H, W) -> (C, N blocks, strip, W)."""
     n, c, height, width = images.shape
-    index = torch.arange(strip, device=first.device) + first[:, :, None] + height * torch.arange(n, device=first.device)[:, None, None]
+    index = (
+        torch.arange(strip, device=first.device)
+        + first[:, :, None]
+        + height * torch.arange(n, device=first.device)[:, None, None]
+    )
     if images.is_contiguous(memory_format=torch.channels_last):
-        lines = images.permute(0, 2, 3, 1).reshape(n * height, width * c).index_select(0, index.flatten())
+        lines = (
+            images.permute(0, 2, 3, 1)
+            .reshape(n * height, width * c)
+            .index_select(0, index.flatten())
+        )
         return lines.view(first.numel(), strip, width, c).permute(3, 0, 1, 2)
     lines = images.transpose(0, 1).reshape(c * n * height, width)
     index = index.flatten() + n * height * torch.arange(c, device=first.device)[:, None]
     return lines.index_select(0, index.flatten()).view(c, first.numel(), strip, width)
 
 
-def _resize_matrix(start: Tensor, length: Tensor, size: int, crop: int, mirrored: Tensor | None = None, window: tuple[Tensor, int] | None = None) -> Tensor:
+def _resize_matrix(
+    start: Tensor,
+    length: Tensor,
+    size: int,
+    crop: int,
+    mirrored: Tensor | None = None,
+    window: tuple[Tensor, int] | None = None,
+) -> Tensor:
     """Matrices (N, blocks, crop / blocks, pixels) that resample `size` pixels to `crop`, from the box [start, start + length) in pixels.
 
     Each block of output pixels sees the `window`: its first pixel (N, blocks) and how many; without one, all are one block that sees all pixels.
     Antialiased bilinear as torchvision's: a triangle around the centre of the output pixel, as wide as an output
     pixel but at least one input pixel. A pixel counts with its overlap with the box, and none outside it.
     """
-    first, pixels = window if window else (torch.zeros(len(start), 1, device=start.device, dtype=torch.long), size)
-    pixel = torch.arange(pixels, device=start.device, dtype=start.dtype) + first[:, :, None].to(start.dtype)  # (N, blocks, pixels)
-    place = torch.arange(crop, device=start.device, dtype=start.dtype).add_(0.5).div_(crop).expand(len(start), crop)
+    first, pixels = (
+        window
+        if window
+        else (torch.zeros(len(start), 1, device=start.device, dtype=torch.long), size)
+    )
+    pixel = torch.arange(pixels, device=start.device, dtype=start.dtype) + first[:, :, None].to(
+        start.dtype
+    )  # (N, blocks, pixels)
+    place = (
+        torch.arange(crop, device=start.device, dtype=start.dtype)
+        .add_(0.5)
+        .div_(crop)
+        .expand(len(start), crop)
+    )
     if mirrored is not None:
         place = torch.where(mirrored[:, None], 1 - place, place)
     start, length = start[:, None], length[:, None]
-    centre = (start + length * place).unflatten(1, (first.shape[1], -1))  # (N, blocks, crop / blocks)
+    centre = (start + length * place).unflatten(
+        1, (first.shape[1], -1)
+    )  # (N, blocks, crop / blocks)
     start, length = start[:, :, None], length[:, :, None]
-    inside = torch.minimum(pixel + 1, start + length).sub_(torch.maximum(pixel, start)).clamp_(min=0)  # (N, blocks, pixels)
+    inside = (
+        torch.minimum(pixel + 1, start + length).sub_(torch.maximum(pixel, start)).clamp_(min=0)
+    )  # (N, blocks, pixels)
     slope = -1 / (length / crop).clamp(min=1)
-    weight = (pixel[:, :, None] + 0.5 - centre[..., None]).abs_().mul_(slope[..., None]).add_(1).clamp_(min=0)
+    weight = (
+        (pixel[:, :, None] + 0.5 - centre[..., None])
+        .abs_()
+        .mul_(slope[..., None])
+        .add_(1)
+        .clamp_(min=0)
+    )
     weight.mul_(inside[:, :, None])
     return weight.div_(weight.sum(3, keepdim=True))
 
@@ -352,17 +470,26 @@ def _hue(planes: Tensor, shift: Tensor) -> Tensor:
     is_red, is_green = value == red, value == green
     turn = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
     turn.div_(torch.where(chroma > 0, chroma, 6).mul_(6))  # grey: 0 / anything
-    turn.add_((~is_red).to(turn.dtype).add_(~(is_red | is_green)), alpha=1 / 3).add_(shift)  # from 0, 1/3 or 2/3
+    turn.add_((~is_red).to(turn.dtype).add_(~(is_red | is_green)), alpha=1 / 3).add_(
+        shift
+    )  # from 0, 1/3 or 2/3
     for channel, place in enumerate((0, 1 / 3, 2 / 3)):
         distance = turn - place
         distance.sub_(distance.round()).abs_()
-        torch.addcmul(value, chroma, distance.mul_(6).sub_(1).clamp_(0, 1), value=-1, out=planes[channel])
+        torch.addcmul(
+            value, chroma, distance.mul_(6).sub_(1).clamp_(0, 1), value=-1, out=planes[channel]
+        )
     return planes
 
 
 def _jitter(planes: Tensor, params: Params, recipe: Recipe) -> Tensor:
     """The four colour operations in the batch's order; one of strength 0 is left out."""
-    operations = {"brightness": _brightness, "contrast": _contrast, "saturation": _saturation, "hue": _hue}
+    operations = {
+        "brightness": _brightness,
+        "contrast": _contrast,
+        "saturation": _saturation,
+        "hue": _hue,
+    }
     strength = dict(zip(JITTER, recipe.jitter))
     for name in params.order:
         if strength[name] > 0:
@@ -382,11 +509,20 @@ def _blur(planes: Tensor, sigma: Tensor, radius: int) -> Tensor:
 def _blur_matrix(sigma: Tensor, size: int, radius: int) -> Tensor:
     """Matrices (N, size, size) whose row i holds the kernel around i, its ends folded back at the border."""
     tap = torch.arange(radius + 1, device=sigma.device)
-    kernel = torch.exp(-0.5 * (tap / sigma[:, None]) ** 2)  # (N, radius + 1), half of a symmetric kernel
+    kernel = torch.exp(
+        -0.5 * (tap / sigma[:, None]) ** 2
+    )  # (N, radius + 1), half of a symmetric kernel
     kernel = kernel / (2 * kernel.sum(1, keepdim=True) - 1)
     i, j = torch.meshgrid(*[torch.arange(size, device=sigma.device)] * 2, indexing="ij")
     # Pixel j is seen from i directly, and where it is no border pixel also in the mirror at either end.
-    distances = torch.stack(((i - j).abs(), torch.where(j > 0, i + j, size + radius),
-                             torch.where(j < size - 1, 2 * (size - 1) - i - j, size + radius)))
-    fold = (distances == tap[:, None, None, None]).sum(1).to(sigma.dtype)  # (radius + 1, size, size): how often
+    distances = torch.stack(
+        (
+            (i - j).abs(),
+            torch.where(j > 0, i + j, size + radius),
+            torch.where(j < size - 1, 2 * (size - 1) - i - j, size + radius),
+        )
+    )
+    fold = (
+        (distances == tap[:, None, None, None]).sum(1).to(sigma.dtype)
+    )  # (radius + 1, size, size): how often
     return (kernel @ fold.flatten(1)).view(len(sigma), size, size)

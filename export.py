@@ -26,27 +26,50 @@ SMALL_STEM = "encoder.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, padding=1, b
 
 
 def main(argv: list[str]) -> None:
-    parser = utils.Parser(prog="python export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = utils.Parser(
+        prog="python export.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("out", metavar="OUT")
     parser.add_argument("--format", required=True, choices=[*LOADING, "detectron2"])
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     args = parser.parse_args(argv)
     if Path(args.out).exists() and not args.overwrite:
-        raise utils.UserError(f"{args.out!r} is there already: name another file, or --overwrite it")
+        raise utils.UserError(
+            f"{args.out!r} is there already: name another file, or --overwrite it"
+        )
     checkpoint = utils.load_checkpoint(args.checkpoint, bare=True)
     encoder, found = evaluate.read_checkpoint(Path(args.checkpoint), checkpoint)
     state = {name: value.contiguous() for name, value in encoder.state_dict().items()}
     if args.format == "detectron2":
         if found.small_stem:
-            raise utils.UserError(f"{args.checkpoint!r} has a small stem, which Detectron2's ResNet has not: use torchvision or timm")
-        content = {"model": detectron2_state(state), "__author__": "MoCo", "matching_heuristics": True}
+            raise utils.UserError(
+                f"{args.checkpoint!r} has a small stem, which Detectron2's ResNet has not: use torchvision or timm"
+            )
+        content = {
+            "model": detectron2_state(state),
+            "__author__": "MoCo",
+            "matching_heuristics": True,
+        }
         utils.atomic_write(args.out, lambda file: pickle.dump(content, file))
     else:
         utils.atomic_write(args.out, lambda file: torch.save(state, file))
     print(f"read     {args.checkpoint}: {found}")
     print(f"written  {args.out}: {len(state)} tensors of the encoder, for {args.format}")
-    print("\n".join("         " + line for line in how_to_load(args.format, args.out, found, evaluate.own_config(checkpoint, utils.config_keys("train")))))
+    print(
+        "\n".join(
+            "         " + line
+            for line in how_to_load(
+                args.format,
+                args.out,
+                found,
+                evaluate.own_config(checkpoint, utils.config_keys("train")),
+            )
+        )
+    )
 
 
 def detectron2_state(state: dict[str, torch.Tensor]) -> dict[str, object]:
@@ -66,7 +89,9 @@ def detectron2_state(state: dict[str, torch.Tensor]) -> dict[str, object]:
 def how_to_load(form: str, out: str, found: model.Found, config: dict) -> list[str]:
     """The lines that load the result, and what its images must be."""
     defaults = {name: key.default for name, key in utils.config_keys("train").items()}
-    mean, std = ([round(value, 4) for value in config.get(name, defaults[name])] for name in ("mean", "std"))
+    mean, std = (
+        [round(value, 4) for value in config.get(name, defaults[name])] for name in ("mean", "std")
+    )
     if form == "detectron2":
         depth = re.sub(r"\D*(\d+).*", r"\1", found.arch)
         if found.arch in ("resnet18", "resnet34"):
@@ -74,11 +99,23 @@ def how_to_load(form: str, out: str, found: model.Found, config: dict) -> list[s
         if found.arch.startswith("wide"):
             depth += "  MODEL.RESNETS.WIDTH_PER_GROUP 128"
         if wide := re.search(r"_(\d+)x(\d+)d$", found.arch):
-            depth += f"  MODEL.RESNETS.NUM_GROUPS {wide[1]}  MODEL.RESNETS.WIDTH_PER_GROUP {wide[2]}"
-        return [f'MODEL.WEIGHTS "{out}"  MODEL.RESNETS.DEPTH {depth}  MODEL.RESNETS.STRIDE_IN_1X1 False  INPUT.FORMAT "RGB"',
-                f"MODEL.PIXEL_MEAN {[round(255 * value, 3) for value in mean]}  MODEL.PIXEL_STD {[round(255 * value, 3) for value in std]}"]
-    lines = [LOADING[form].format(arch=found.arch), *([SMALL_STEM] if found.small_stem else []), f'encoder.load_state_dict(torch.load("{out}", weights_only=True))']
-    return [*lines, f"images: RGB in [0, 1], less {mean}, over {std}" + (f"; trained on views of {config['crop']} px" if "crop" in config else "")]
+            depth += (
+                f"  MODEL.RESNETS.NUM_GROUPS {wide[1]}  MODEL.RESNETS.WIDTH_PER_GROUP {wide[2]}"
+            )
+        return [
+            f'MODEL.WEIGHTS "{out}"  MODEL.RESNETS.DEPTH {depth}  MODEL.RESNETS.STRIDE_IN_1X1 False  INPUT.FORMAT "RGB"',
+            f"MODEL.PIXEL_MEAN {[round(255 * value, 3) for value in mean]}  MODEL.PIXEL_STD {[round(255 * value, 3) for value in std]}",
+        ]
+    lines = [
+        LOADING[form].format(arch=found.arch),
+        *([SMALL_STEM] if found.small_stem else []),
+        f'encoder.load_state_dict(torch.load("{out}", weights_only=True))',
+    ]
+    return [
+        *lines,
+        f"images: RGB in [0, 1], less {mean}, over {std}"
+        + (f"; trained on views of {config['crop']} px" if "crop" in config else ""),
+    ]
 
 
 if __name__ == "__main__":

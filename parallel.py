@@ -31,7 +31,9 @@ import torch.nn as nn
 from torch import Tensor
 
 GATHER = 1 << 24  # numbers that a process sends at once where it gathers
-TIMEOUT = datetime.timedelta(minutes=10)  # of a process that waits for the others; one that died ends the job at once, by torchrun
+TIMEOUT = datetime.timedelta(
+    minutes=10
+)  # of a process that waits for the others; one that died ends the job at once, by torchrun
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -40,18 +42,30 @@ def pick_device(name: str = "auto") -> torch.device:
     Raises ValueError if the named device is not known or not available.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device {name!r} is not known: use auto, cpu, cuda, cuda:N or mps") from None
+        raise ValueError(
+            f"device {name!r} is not known: use auto, cpu, cuda, cuda:N or mps"
+        ) from None
     if device.type not in ("cpu", "cuda", "mps") or (device.type == "cpu" and device.index):
         raise ValueError(f"device {name!r} is not supported: use auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         if several_processes():
-            raise ValueError(f"torchrun started more processes on this machine than it has GPUs ({torch.cuda.device_count()}): "
-                             f"use --nproc_per_node={torch.cuda.device_count()}, or --device cpu")
-        raise ValueError(f"device {name!r} is not available: PyTorch sees {torch.cuda.device_count()} CUDA devices (use --device cpu)")
+            raise ValueError(
+                f"torchrun started more processes on this machine than it has GPUs ({torch.cuda.device_count()}): "
+                f"use --nproc_per_node={torch.cuda.device_count()}, or --device cpu"
+            )
+        raise ValueError(
+            f"device {name!r} is not available: PyTorch sees {torch.cuda.device_count()} CUDA devices (use --device cpu)"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device 'mps' is not available on this machine (use --device cpu)")
     return device
@@ -81,7 +95,11 @@ def precision_dtype(precision: str) -> torch.dtype:
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
     """The context that the encoders' forward passes run in."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    return (
+        torch.autocast(device.type, dtype=torch.bfloat16)
+        if precision == "bf16"
+        else contextlib.nullcontext()
+    )
 
 
 def resolve_bn_groups(bn_groups: int | str, batch_size: int, launch: "OneDevice") -> int:
@@ -90,13 +108,25 @@ def resolve_bn_groups(bn_groups: int | str, batch_size: int, launch: "OneDevice"
     `auto` is the number of devices, or 8 on one device (8 GPUs, as in the paper). Raises ValueError, with the nearest values that
     fit, if the batch does not split into G groups of at least 2 images, as many on each device of the launch.
     """
-    groups = (launch.devices if launch.devices > 1 else 8) if bn_groups == "auto" else int(bn_groups)
+    groups = (
+        (launch.devices if launch.devices > 1 else 8) if bn_groups == "auto" else int(bn_groups)
+    )
     if not launch.fits(batch_size, groups):
-        fitting = [g for g in range(launch.devices, batch_size // 2 + 1, launch.devices) if launch.fits(batch_size, g)]
+        fitting = [
+            g
+            for g in range(launch.devices, batch_size // 2 + 1, launch.devices)
+            if launch.fits(batch_size, g)
+        ]
         near = sorted(sorted(fitting, key=lambda g: (abs(g - groups), g))[:2])
-        advice = f"use --bn_groups {' or '.join(map(str, near))}, or another batch size" if near else "use a larger batch"
+        advice = (
+            f"use --bn_groups {' or '.join(map(str, near))}, or another batch size"
+            if near
+            else "use a larger batch"
+        )
         each = f", as many on each of {launch.devices} devices" if launch.devices > 1 else ""
-        raise ValueError(f"batch_size {batch_size} does not split into {groups} batch-norm groups of at least 2 images{each}: {advice}")
+        raise ValueError(
+            f"batch_size {batch_size} does not split into {groups} batch-norm groups of at least 2 images{each}: {advice}"
+        )
     return groups
 
 
@@ -109,14 +139,16 @@ def chunks(n: int, parts: int) -> list[int]:
 def shares(n: int, devices: int, groups: int) -> list[int]:
     """The rows of n that each device holds: those of groups / devices neighbouring groups; a device may be left without any."""
     sizes, each = chunks(n, groups), groups // devices
-    return [sum(sizes[i * each:(i + 1) * each]) for i in range(devices)]
+    return [sum(sizes[i * each : (i + 1) * each]) for i in range(devices)]
 
 
 def peak_memory_mb(device: torch.device) -> float:
     """The most memory in use so far: PyTorch's on a GPU, else this process's resident memory, without its workers."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
 
 
 def compile_encoder(encoder: nn.Module, example: Tensor, precision: str) -> str:
@@ -144,6 +176,7 @@ def compile_encoder(encoder: nn.Module, example: Tensor, precision: str) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------------- launches
 
+
 def several_processes() -> bool:
     """Whether torchrun started this process, be it with one or with many."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -157,10 +190,14 @@ def launch(name: str = "auto") -> "OneDevice":
     device = pick_device(name)
     if several_processes():
         if device.type == "mps":
-            raise ValueError("torchrun runs on cuda and cpu, not on mps: use --device cpu, or plain python")
+            raise ValueError(
+                "torchrun runs on cuda and cpu, not on mps: use --device cpu, or plain python"
+            )
         if device.type == "cuda":
             if device.index is not None:
-                raise ValueError(f"device {name!r} names one GPU, but torchrun gives each process one of its own: use cuda or auto")
+                raise ValueError(
+                    f"device {name!r} names one GPU, but torchrun gives each process one of its own: use cuda or auto"
+                )
             device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         return Processes(device)
     if device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1:
@@ -171,10 +208,10 @@ def launch(name: str = "auto") -> "OneDevice":
 class OneDevice:
     """The whole batch on one device. The other launches change what is said here."""
 
-    devices = 1    # over which a batch is split
+    devices = 1  # over which a batch is split
     processes = 1  # of this launch
-    rank = 0       # of this process; the first one prints and writes
-    note = ""      # what a user should know of this launch
+    rank = 0  # of this process; the first one prints and writes
+    note = ""  # what a user should know of this launch
 
     def __init__(self, device: torch.device = torch.device("cpu")) -> None:
         self.device = device
@@ -191,20 +228,30 @@ class OneDevice:
         return torch.device("cpu") if self.device.type == "mps" else self.device
 
     def __enter__(self) -> "OneDevice":
-        if self.device.type == "cuda" and self.device.index is not None:  # plain cuda is the current one
+        if (
+            self.device.type == "cuda" and self.device.index is not None
+        ):  # plain cuda is the current one
             torch.cuda.set_device(self.device)
-        torch.backends.cudnn.benchmark = True  # the fastest convolutions for the shapes at hand, which stay the same
+        torch.backends.cudnn.benchmark = (
+            True  # the fastest convolutions for the shapes at hand, which stay the same
+        )
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         pass
 
     def fits(self, batch_size: int, groups: int) -> bool:
         """Whether a batch gives `groups` batch-norm groups of 2 images or more, as many on each device, that each device can find in its share."""
         sizes, each = chunks(batch_size, groups), groups // self.devices
         parts = shares(batch_size, self.devices, groups) if each else []
-        return (groups % self.devices == 0 and len(sizes) == groups and min(sizes) >= 2
-                and [size for part in parts for size in chunks(part, each)] == sizes)
+        return (
+            groups % self.devices == 0
+            and len(sizes) == groups
+            and min(sizes) >= 2
+            and [size for part in parts for size in chunks(part, each)] == sizes
+        )
 
     def attach(self, moco: nn.Module, batch_size: int, bn_groups: int) -> None:
         """Let a `model.MoCo` run on all devices, with batches of `batch_size` images in `bn_groups` groups over all of them."""
@@ -257,7 +304,12 @@ class Replicas(OneDevice):
 
     note = "nn.DataParallel copies the encoders to every GPU at every step: torchrun --standalone --nproc_per_node=GPUS is faster"
 
-    def __init__(self, device: torch.device, devices: int, data_parallel: Callable[[nn.Module], Callable] = nn.DataParallel) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        devices: int,
+        data_parallel: Callable[[nn.Module], Callable] = nn.DataParallel,
+    ) -> None:
         super().__init__(device)
         self.devices, self._data_parallel = devices, data_parallel
         self._in_thread: dict[nn.Module, AutocastInThread] = {}
@@ -267,7 +319,9 @@ class Replicas(OneDevice):
         return f"{self.devices} GPUs with nn.DataParallel"
 
     def fits(self, batch_size: int, groups: int) -> bool:
-        return super().fits(batch_size, groups) and shares(batch_size, self.devices, groups) == chunks(batch_size, self.devices)
+        return super().fits(batch_size, groups) and shares(
+            batch_size, self.devices, groups
+        ) == chunks(batch_size, self.devices)
 
     def wrap(self, encoder: nn.Module) -> None:
         self._in_thread[encoder] = AutocastInThread(encoder)
@@ -275,7 +329,9 @@ class Replicas(OneDevice):
 
     def encode(self, encoder: nn.Module, x: Tensor) -> Tensor:
         kind = x.device.type
-        self._in_thread[encoder].dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self._in_thread[encoder].dtype = (
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        )
         out = super().encode(encoder, x)
         for module in encoder.modules():
             if hasattr(module, "take_statistics_of_replicas"):
@@ -292,7 +348,9 @@ class AutocastInThread(nn.Module):
         self.dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+        with torch.autocast(
+            x.device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None
+        ):
             return self.encoder(x)
 
 
@@ -315,15 +373,25 @@ class Processes(OneDevice):
     def __enter__(self) -> "Processes":
         super().__enter__()
         on_gpu = self.device.type == "cuda"
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=self.device if on_gpu else None)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=self.device if on_gpu else None
+        )
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None or kind is SystemExit:  # all of them come here; after an error, torchrun ends the others
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if (
+            kind is None or kind is SystemExit
+        ):  # all of them come here; after an error, torchrun ends the others
             dist.barrier()
             dist.destroy_process_group()
-        if isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)|[Tt]imed out", str(error)):
-            raise ConnectionError("another process of this launch has ended or hangs, its own message says why; go on with --resume") from None
+        if isinstance(error, RuntimeError) and re.search(
+            r"gloo|NCCL|[Cc]onnection (closed|reset)|[Tt]imed out", str(error)
+        ):
+            raise ConnectionError(
+                "another process of this launch has ended or hangs, its own message says why; go on with --resume"
+            ) from None
 
     def wrap(self, encoder: nn.Module) -> None:
         if not any(parameter.requires_grad for parameter in encoder.parameters()):
@@ -331,41 +399,73 @@ class Processes(OneDevice):
         # of 1 x 1 kernels: two ways to write the strides of the same memory
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-        no_buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}  # renamed in torch 2.15
+        no_buffers = {
+            "forward_sync_buffers"
+            if "forward_sync_buffers" in known
+            else "broadcast_buffers": False
+        }  # renamed in torch 2.15
         self._wrapped[encoder] = nn.parallel.DistributedDataParallel(
-            encoder, device_ids=None if self.device.type == "cpu" else [self.device], gradient_as_bucket_view=True, **no_buffers)
+            encoder,
+            device_ids=None if self.device.type == "cpu" else [self.device],
+            gradient_as_bucket_view=True,
+            **no_buffers,
+        )
 
     def rows(self, n: int = 0) -> slice:
         sizes = self._sizes(n)
-        return slice(sum(sizes[:self.rank]), sum(sizes[:self.rank + 1]))
+        return slice(sum(sizes[: self.rank]), sum(sizes[: self.rank + 1]))
 
     def weight(self) -> float:
         return self._sizes()[self.rank] * self.devices / self.batch_size
 
     def shuffle(self, x: Tensor, permutation: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # the first convolution would do it: half the bytes, the same result
+            x = x.to(
+                torch.get_autocast_dtype(x.device.type)
+            )  # the first convolution would do it: half the bytes, the same result
         target = torch.arange(self.devices).repeat_interleave(torch.tensor(self._sizes()))
-        source, own = target[permutation], self.rows()  # row i of the result goes from process source[i] to target[i]
+        source, own = (
+            target[permutation],
+            self.rows(),
+        )  # row i of the result goes from process source[i] to target[i]
         leaving, arriving = source == self.rank, source[own]
-        counts = [torch.bincount(part, minlength=self.devices).tolist() for part in (arriving, target[leaving])]
-        sent = x.permute(0, 2, 3, 1)[(permutation[leaving] - own.start).to(x.device, non_blocking=True)].contiguous()  # channels last, target by target
+        counts = [
+            torch.bincount(part, minlength=self.devices).tolist()
+            for part in (arriving, target[leaving])
+        ]
+        sent = x.permute(0, 2, 3, 1)[
+            (permutation[leaving] - own.start).to(x.device, non_blocking=True)
+        ].contiguous()  # channels last, target by target
         got = sent.new_empty(len(arriving), *sent.shape[1:])
         dist.all_to_all_single(got, sent, *counts)
-        order = arriving.argsort(stable=True).to(x.device, non_blocking=True)  # they arrive source by source
+        order = arriving.argsort(stable=True).to(
+            x.device, non_blocking=True
+        )  # they arrive source by source
         return torch.empty_like(got).index_copy_(0, order, got).permute(0, 3, 1, 2)
 
     def gather(self, x: Tensor, n: int = 0) -> Tensor:
         sizes, parts = self._sizes(n), []
-        step = max(1, GATHER // max(1, x[:1].numel()))  # rows at a time: all features of a large data set have no room on a GPU
+        step = max(
+            1, GATHER // max(1, x[:1].numel())
+        )  # rows at a time: all features of a large data set have no room on a GPU
         for first in range(0, max(sizes), step):
-            padded = torch.zeros(min(step, max(sizes) - first), *x.shape[1:], dtype=x.dtype, device=self.device)  # NCCL knows no other memory
-            mine = x[first:first + step]
-            padded[:len(mine)] = mine
+            padded = torch.zeros(
+                min(step, max(sizes) - first), *x.shape[1:], dtype=x.dtype, device=self.device
+            )  # NCCL knows no other memory
+            mine = x[first : first + step]
+            padded[: len(mine)] = mine
             part = padded.new_empty(self.devices * len(padded), *x.shape[1:])
-            getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(part, padded)  # renamed in torch 2.14
+            getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(
+                part, padded
+            )  # renamed in torch 2.14
             parts.append(part.to(x.device).split(len(padded)))
-        return torch.cat([part[rank][:max(0, size - i * step)] for rank, size in enumerate(sizes) for i, part in enumerate(parts)])
+        return torch.cat(
+            [
+                part[rank][: max(0, size - i * step)]
+                for rank, size in enumerate(sizes)
+                for i, part in enumerate(parts)
+            ]
+        )
 
     def total(self, x: Tensor) -> Tensor:
         x = x.clone()
@@ -387,13 +487,19 @@ class Processes(OneDevice):
     def state_dict(self, module: nn.Module) -> dict[str, Tensor]:
         state = module.state_dict()
         names = [name for name in state if name.endswith(("running_mean", "running_var"))]
-        means = self.total(torch.cat([state[name].flatten() for name in names])) / self.devices  # each process has as many groups
+        means = (
+            self.total(torch.cat([state[name].flatten() for name in names])) / self.devices
+        )  # each process has as many groups
         parts = means.split([state[name].numel() for name in names])
         return {**state, **{name: part.view_as(state[name]) for name, part in zip(names, parts)}}
 
     def _sizes(self, n: int = 0) -> list[int]:
         """The rows that each process holds of n in evaluation, or (0) of the batch in training."""
-        return shares(n, self.devices, self.devices) if n else shares(self.batch_size, self.devices, self.bn_groups)
+        return (
+            shares(n, self.devices, self.devices)
+            if n
+            else shares(self.batch_size, self.devices, self.bn_groups)
+        )
 
 
 def shuffle(x: Tensor, permutation: Tensor) -> Tensor:
@@ -407,6 +513,7 @@ def unshuffle(x: Tensor, permutation: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------- decoding processes
+
 
 def start_worker(_: int) -> None:
     """Workers take one core each and leave signals to the main process."""

@@ -29,37 +29,78 @@ def main(argv: list[str]) -> None:
     subject = evaluate.load_subject(cfg)
     record = subject.record
     if launch.rank == 0:
-        what = "untrained" if cfg.encoder == "random" else subject.record["checkpoint"] if record["epoch"] is None else f"epoch {record['epoch']}, {record['checkpoint']}"
-        print(f"encoder  {record['arch']}, {what}" + f"\nfound    {subject.found}" * bool(subject.found), flush=True)
+        what = (
+            "untrained"
+            if cfg.encoder == "random"
+            else subject.record["checkpoint"]
+            if record["epoch"] is None
+            else f"epoch {record['epoch']}, {record['checkpoint']}"
+        )
+        print(
+            f"encoder  {record['arch']}, {what}"
+            + f"\nfound    {subject.found}" * bool(subject.found),
+            flush=True,
+        )
     with launch:
         folder, result, linear = evaluate.evaluate_subject(cfg, subject, launch)
     if launch.rank == 0:
         import visualize  # matplotlib is needed only here
+
         visualize.draw_evaluation(folder, result, linear)
         print(table(result, untrained_result(folder, result)))
-        print(f"written  {folder}/result.json, accuracy.csv, confusion.csv, accuracy.png, confusion.png, linear.pth.tar after {utils.duration(result['seconds'])}")
+        print(
+            f"written  {folder}/result.json, accuracy.csv, confusion.csv, accuracy.png, confusion.png, linear.pth.tar after {utils.duration(result['seconds'])}"
+        )
 
 
 def untrained_result(folder: Path, result: dict[str, Any]) -> dict[str, Any] | None:
     """The untrained encoder's result beside this one, if it is there and was measured the same way."""
-    others = (evaluate.read_result(path.parent) for path in sorted(folder.parent.glob("random*/result.json")) if path.parent != folder)
+    others = (
+        evaluate.read_result(path.parent)
+        for path in sorted(folder.parent.glob("random*/result.json"))
+        if path.parent != folder
+    )
     return next((other for other in others if other and evaluate.is_baseline(other, result)), None)
 
 
 def table(result: dict[str, Any], untrained: dict[str, Any] | None) -> str:
     """What was measured, as a few aligned lines; `untrained` adds a column."""
     vote = f"T = {result['knn_temperature']:g}" if result["knn_weighted"] else "plain vote"
-    count, low_high = len(result["trials"]), " to ".join(f"{bound:.2f}" for bound in result["linear_top1_ci95"])
+    count, low_high = (
+        len(result["trials"]),
+        " to ".join(f"{bound:.2f}" for bound in result["linear_top1_ci95"]),
+    )
     spread = f"{count} {'fold' if result['folds'] else 'trial'}{'s' * (count > 1)}, std {result['linear_top1_std']:.2f}"
-    rows = [("kNN", "knn_top1", f"k = {result['knn_k']}, {vote}" + ", before the finetuning" * (result["protocol"] == "finetune")),
-            ("linear", "linear_top1", f"{spread}, {result['linear_epochs']} epochs, lr {result['learning_rate']:g}; 95 % interval {low_high}")]
+    rows = [
+        (
+            "kNN",
+            "knn_top1",
+            f"k = {result['knn_k']}, {vote}"
+            + ", before the finetuning" * (result["protocol"] == "finetune"),
+        ),
+        (
+            "linear",
+            "linear_top1",
+            f"{spread}, {result['linear_epochs']} epochs, lr {result['learning_rate']:g}; 95 % interval {low_high}",
+        ),
+    ]
     if result["classes"] > 20:
         rows.append(("  top-5", "linear_top5", ""))
     lines = [f"top-1 (%)         {'untrained   ' if untrained else ''}{result['protocol']}"]
     for name, key, how in rows:
-        lines.append(f"{name:<8} {result[key]:>7.2f}  " + (f"{untrained[key]:>9.2f}   " if untrained else "") + how)
-    ranked = sorted((top1, name) for top1, name in zip(result["per_class_top1"], result["class_names"]) if top1 is not None)
-    lines.append(f"classes  from {ranked[0][0]:.1f} ({ranked[0][1]}) to {ranked[-1][0]:.1f} ({ranked[-1][1]})")
+        lines.append(
+            f"{name:<8} {result[key]:>7.2f}  "
+            + (f"{untrained[key]:>9.2f}   " if untrained else "")
+            + how
+        )
+    ranked = sorted(
+        (top1, name)
+        for top1, name in zip(result["per_class_top1"], result["class_names"])
+        if top1 is not None
+    )
+    lines.append(
+        f"classes  from {ranked[0][0]:.1f} ({ranked[0][1]}) to {ranked[-1][0]:.1f} ({ranked[-1][1]})"
+    )
     return "\n".join(line.rstrip() for line in lines)
 
 

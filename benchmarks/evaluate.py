@@ -27,26 +27,58 @@ import utils
 TRAIN = 10_000
 
 
-def run(cfg: SimpleNamespace, subject: evaluate.Subject, root: str, launch: parallel.OneDevice) -> tuple[float, float]:
+def run(
+    cfg: SimpleNamespace, subject: evaluate.Subject, root: str, launch: parallel.OneDevice
+) -> tuple[float, float]:
     """Seconds and top-1 in percent of one protocol."""
     start = time.perf_counter()
-    train, test = (dataloader.open_dataset(root, split, view="center", resize="auto", crop=subject.crop) for split in ("train", "test"))
+    train, test = (
+        dataloader.open_dataset(root, split, view="center", resize="auto", crop=subject.crop)
+        for split in ("train", "test")
+    )
     tests, truth = evaluate.dataset_features(cfg, subject, test, launch)
     if cfg.protocol == "cached":
-        views, labels = evaluate.stored_views(cfg, subject, train, None, torch.arange(TRAIN), launch)
-        found = evaluate.linear_evaluation(views.to(launch.device), labels, tests[0], truth, epochs=cfg.linear_epochs, lrs=cfg.linear_lrs, trials=range(cfg.trials), seed=cfg.seed)
+        views, labels = evaluate.stored_views(
+            cfg, subject, train, None, torch.arange(TRAIN), launch
+        )
+        found = evaluate.linear_evaluation(
+            views.to(launch.device),
+            labels,
+            tests[0],
+            truth,
+            epochs=cfg.linear_epochs,
+            lrs=cfg.linear_lrs,
+            trials=range(cfg.trials),
+            seed=cfg.seed,
+        )
         predicted = found["predicted"]
     else:
-        square = dataloader.open_dataset(root, "train", view="square", resize="auto", crop=subject.crop)
-        recipe = evaluate.crop_recipe(subject.crop, subject.mean, subject.std, evaluate.PROTOCOLS[cfg.protocol][4])
-        predicted = evaluate.train_on_crops(cfg, subject.encoder, square, recipe, torch.arange(TRAIN), cfg.seed, lambda: tests[0], truth, launch)["predicted"][None]
+        square = dataloader.open_dataset(
+            root, "train", view="square", resize="auto", crop=subject.crop
+        )
+        recipe = evaluate.crop_recipe(
+            subject.crop, subject.mean, subject.std, evaluate.PROTOCOLS[cfg.protocol][4]
+        )
+        predicted = evaluate.train_on_crops(
+            cfg,
+            subject.encoder,
+            square,
+            recipe,
+            torch.arange(TRAIN),
+            cfg.seed,
+            lambda: tests[0],
+            truth,
+            launch,
+        )["predicted"][None]
     top1 = 100 * float((predicted[..., 0] == truth).double().mean())
     return time.perf_counter() - start, top1
 
 
 def knn_speed(device: torch.device) -> str:
     random = torch.Generator().manual_seed(0)
-    bank, queries = (F.normalize(torch.randn(n, 512, generator=random), dim=1) for n in (60_000, 10_000))
+    bank, queries = (
+        F.normalize(torch.randn(n, 512, generator=random), dim=1) for n in (60_000, 10_000)
+    )
     labels, truth = (torch.randint(10, (n,), generator=random) for n in (60_000, 10_000))
     before, times = parallel.peak_memory_mb(device), []
     for _ in range(3):
@@ -61,30 +93,60 @@ def main(argv: list[str]) -> None:
     parser.add_argument("root")
     parser.add_argument("--pretrained", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, help="of the protocols on crops (default: theirs, 100)")
+    parser.add_argument(
+        "--epochs", type=int, help="of the protocols on crops (default: theirs, 100)"
+    )
     parser.add_argument("--suiting_lr", type=float, default=0.3)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
     launch = utils.checked(parallel.launch, args.device)
     made_by = utils.provenance()
-    print(f"commit {made_by['commit']}, torch {made_by['torch']}, {launch.name}\n\n{knn_speed(launch.device)}\n", flush=True)
-    print("| seed | protocol | seconds | top-1 | seconds, cached = 1 | points, cached less it |\n| --- | --- | --- | --- | --- | --- |")
-    flags = [f"--dataset_root={args.root}", f"--pretrained={args.pretrained}", "--precision=fp32", f"--device={args.device}"]
+    print(
+        f"commit {made_by['commit']}, torch {made_by['torch']}, {launch.name}\n\n{knn_speed(launch.device)}\n",
+        flush=True,
+    )
+    print(
+        "| seed | protocol | seconds | top-1 | seconds, cached = 1 | points, cached less it |\n| --- | --- | --- | --- | --- | --- |"
+    )
+    flags = [
+        f"--dataset_root={args.root}",
+        f"--pretrained={args.pretrained}",
+        "--precision=fp32",
+        f"--device={args.device}",
+    ]
     for seed in args.seeds:
         settings = [["--protocol=cached"], ["--protocol=original"]]
         if seed == args.seeds[0]:
-            settings += [["--protocol=original", "--linear_lrs", str(args.suiting_lr)], ["--protocol=reference"]]
+            settings += [
+                ["--protocol=original", "--linear_lrs", str(args.suiting_lr)],
+                ["--protocol=reference"],
+            ]
         for setting in settings:
-            epochs = [f"--linear_epochs={args.epochs}"] if args.epochs and "cached" not in setting[0] else []
-            cfg = evaluate.settled(utils.load_config("test", [*flags, *setting, *epochs, f"--seed={seed}"]))
+            epochs = (
+                [f"--linear_epochs={args.epochs}"]
+                if args.epochs and "cached" not in setting[0]
+                else []
+            )
+            cfg = evaluate.settled(
+                utils.load_config("test", [*flags, *setting, *epochs, f"--seed={seed}"])
+            )
             subject = evaluate.load_subject(cfg)
-            subject.encoder.to(device=launch.device, memory_format=torch.channels_last).requires_grad_(False)
+            subject.encoder.to(
+                device=launch.device, memory_format=torch.channels_last
+            ).requires_grad_(False)
             launch.wrap(subject.encoder)
             seconds, top1 = run(cfg, subject, args.root, launch)
             if "cached" in setting[0]:
                 cached = seconds, top1
-            name = f"{cfg.protocol}, lr {cfg.linear_lrs[0]:g}" if cfg.protocol != "cached" else "cached"
-            print(f"| {seed} | {name} | {seconds:.1f} | {top1:.2f} | {seconds / cached[0]:.1f} | {cached[1] - top1:+.2f} |", flush=True)
+            name = (
+                f"{cfg.protocol}, lr {cfg.linear_lrs[0]:g}"
+                if cfg.protocol != "cached"
+                else "cached"
+            )
+            print(
+                f"| {seed} | {name} | {seconds:.1f} | {top1:.2f} | {seconds / cached[0]:.1f} | {cached[1] - top1:+.2f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

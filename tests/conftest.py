@@ -4,7 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in parallel, and start scripts of their own
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the tests run in parallel, and start scripts of their own
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 

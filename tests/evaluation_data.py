@@ -23,30 +23,58 @@ def class_folders(root: Path, seed: int, per_class: int = 8) -> None:
             for i in range(count):
                 stripes = 200 * (torch.arange(20) // (2 * c + 1) % 2)[:, None, None]
                 pixels = stripes + torch.randint(56, (20, 20, 3), generator=random)
-                Image.fromarray(pixels.to(torch.uint8).numpy()).save(root / split / f"class{c}" / f"{i}.png")
+                Image.fromarray(pixels.to(torch.uint8).numpy()).save(
+                    root / split / f"class{c}" / f"{i}.png"
+                )
 
 
-def fabricated_run(output: Path, version: str, epochs: tuple[int, ...], weight: float | None = None, num_keys: int = 16) -> Path:
+def fabricated_run(
+    output: Path,
+    version: str,
+    epochs: tuple[int, ...],
+    weight: float | None = None,
+    num_keys: int = 16,
+) -> Path:
     """A run of IMAGENET-64 as train.py leaves it, with untrained weights; `weight` overwrites one of them."""
     folder = output / "IMAGENET-64" / version
     config = {name: key.default for name, key in utils.config_keys("train").items()}
-    config |= {"arch": "resnet18", "crop": 16, "feature_dim": 8, "num_keys": num_keys, "exp_version": version, "seed": 7}
+    config |= {
+        "arch": "resnet18",
+        "crop": 16,
+        "feature_dim": 8,
+        "num_keys": num_keys,
+        "exp_version": version,
+        "seed": 7,
+    }
     for epoch in epochs:
         torch.manual_seed(epoch)
         moco = model.MoCo("resnet18", 8, num_keys)
         if weight is not None:
             moco.encoder_q.conv1.weight.data[0] = weight
-        content = {"epoch": epoch, "step": 100 * epoch, "arch": "resnet18", "config": config,
-                   "state_dict": {f"module.{name}": value for name, value in moco.state_dict().items()}}
+        content = {
+            "epoch": epoch,
+            "step": 100 * epoch,
+            "arch": "resnet18",
+            "config": config,
+            "state_dict": {f"module.{name}": value for name, value in moco.state_dict().items()},
+        }
         for name in (f"epoch_{epoch:04d}", "last"):
             utils.save_checkpoint(folder / "checkpoints" / f"{name}.pth.tar", content)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    rows = [(step, 1, math.log(num_keys + 1) - 0.01 * step, 10, 0.03, 100) for step in range(5, 100, 5)]
-    utils.write_csv(folder / "log.csv", ["step", "epoch", "loss", "contrast_top1", "lr", "images_per_second"], rows)
+    rows = [
+        (step, 1, math.log(num_keys + 1) - 0.01 * step, 10, 0.03, 100) for step in range(5, 100, 5)
+    ]
+    utils.write_csv(
+        folder / "log.csv",
+        ["step", "epoch", "loss", "contrast_top1", "lr", "images_per_second"],
+        rows,
+    )
     return folder
 
 
 def one_line(done: SimpleNamespace, words: str) -> bool:
     """Whether a script stopped with one line that holds these words."""
-    return done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    return (
+        done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    )

@@ -16,7 +16,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch.distributed as dist
 from scripts import script_module
 
-COLLECTIVES = ("all_to_all_single", "all_gather_single", "all_gather_into_tensor", "all_gather", "all_reduce", "broadcast", "gather", "scatter")
+COLLECTIVES = (
+    "all_to_all_single",
+    "all_gather_single",
+    "all_gather_into_tensor",
+    "all_gather",
+    "all_reduce",
+    "broadcast",
+    "gather",
+    "scatter",
+)
 
 
 def main() -> None:
@@ -35,6 +44,7 @@ def counted(function, name, calls):
     def call(*args, **kwargs):
         calls[name] += 1
         return function(*args, **kwargs)
+
     return call
 
 

@@ -42,7 +42,9 @@ def run(script: str, *flags: object) -> Done:
 def script_module(script: str) -> ModuleType:
     """The script by its file, since `import test` means a module of Python's own."""
     name = Path(script).stem
-    spec = importlib.util.spec_from_file_location(f"script_{name}", Path(utils.__file__).with_name(f"{name}.py"))
+    spec = importlib.util.spec_from_file_location(
+        f"script_{name}", Path(utils.__file__).with_name(f"{name}.py")
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -60,10 +62,15 @@ def free_ports(count: int) -> list[int]:
 
 def assert_one_line_error(done: Done, *parts: str) -> None:
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), (done.returncode, done.stderr)
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), (
+        done.returncode,
+        done.stderr,
+    )
     assert all(part in lines[0] for part in parts), lines[0]
 
 
 def assert_last_line_is_error(done: Done, part: str) -> None:
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: ") and part in done.stderr.splitlines()[-1]
+    assert (
+        done.stderr.splitlines()[-1].startswith("error: ") and part in done.stderr.splitlines()[-1]
+    )

@@ -9,11 +9,26 @@ from torch import Tensor
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from augment import IMAGENET_MEAN, IMAGENET_STD, JITTER, Params, Recipe, augment, draw, normalize, recipe, training_recipe
+from augment import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    JITTER,
+    Params,
+    Recipe,
+    augment,
+    draw,
+    normalize,
+    recipe,
+    training_recipe,
+)
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # views stay in [0, 1]
-ADJUST = {"brightness": F.adjust_brightness, "contrast": F.adjust_contrast,
-          "saturation": F.adjust_saturation, "hue": F.adjust_hue}
+ADJUST = {
+    "brightness": F.adjust_brightness,
+    "contrast": F.adjust_contrast,
+    "saturation": F.adjust_saturation,
+    "hue": F.adjust_hue,
+}
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -22,16 +37,35 @@ def seeded(seed: int) -> torch.Generator:
 
 def pictures(n: int, size: int, channels: int = 3, seed: int = 0) -> Tensor:
     """Half white noise, half smooth colours, with some saturated corners."""
-    noise = torch.randint(0, 256, (n, channels, size, size), generator=seeded(seed), dtype=torch.uint8)
-    smooth = F.resize(noise[:, :, :4, :4].float(), [size, size]).mul(1.4).sub(40).clamp(0, 255).round().to(torch.uint8)
+    noise = torch.randint(
+        0, 256, (n, channels, size, size), generator=seeded(seed), dtype=torch.uint8
+    )
+    smooth = (
+        F.resize(noise[:, :, :4, :4].float(), [size, size])
+        .mul(1.4)
+        .sub(40)
+        .clamp(0, 255)
+        .round()
+        .to(torch.uint8)
+    )
     return torch.where(torch.arange(n)[:, None, None, None] % 2 == 0, noise, smooth)
 
 
 def untouched(n: int, **changes) -> Params:
     """Parameters that take the whole image and change nothing, but for `changes`."""
     off, one = torch.zeros(n, dtype=torch.bool), torch.ones(n, dtype=torch.float64)
-    same = Params(box=torch.tensor([[0.0, 0, 1, 1]], dtype=torch.float64).repeat(n, 1), flip=off, jitter=off, brightness=one,
-                  contrast=one, saturation=one, hue=0 * one, grayscale=off, blur=off, sigma=one)
+    same = Params(
+        box=torch.tensor([[0.0, 0, 1, 1]], dtype=torch.float64).repeat(n, 1),
+        flip=off,
+        jitter=off,
+        brightness=one,
+        contrast=one,
+        saturation=one,
+        hue=0 * one,
+        grayscale=off,
+        blur=off,
+        sigma=one,
+    )
     return replace(same, **changes)
 
 
@@ -57,15 +91,30 @@ def assert_close(got: Tensor, want: Tensor, levels: float) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_crop_equals_resized_crop(size: int, crop: int, channels: int) -> None:
     images = pictures(12, size, channels)
-    params = snapped(draw(torch.ones(12), Recipe(crop, scale=(0.02, 1.0), ratio=(0.4, 2.5)), seeded(size)), size)
-    got = augment(images, replace(untouched(12, flip=params.flip), box=params.box), Recipe(crop, **PLAIN))
+    params = snapped(
+        draw(torch.ones(12), Recipe(crop, scale=(0.02, 1.0), ratio=(0.4, 2.5)), seeded(size)), size
+    )
+    got = augment(
+        images, replace(untouched(12, flip=params.flip), box=params.box), Recipe(crop, **PLAIN)
+    )
     assert params.flip.any() and not params.flip.all()
     for k, (left, top, width, height) in enumerate((params.box * size).round().int().tolist()):
-        where = dict(top=top, left=left, height=height, width=width, size=[crop, crop],
-                     interpolation=InterpolationMode.BILINEAR, antialias=True)
+        where = dict(
+            top=top,
+            left=left,
+            height=height,
+            width=width,
+            size=[crop, crop],
+            interpolation=InterpolationMode.BILINEAR,
+            antialias=True,
+        )
         mirror = F.hflip if params.flip[k] else (lambda image: image)
         assert_close(got[k], mirror(F.resized_crop(images[k], **where)).expand(3, -1, -1), levels=1)
-        assert_close(got[k], mirror(F.resized_crop(images[k].double() / 255, **where)).expand(3, -1, -1), levels=0.05)
+        assert_close(
+            got[k],
+            mirror(F.resized_crop(images[k].double() / 255, **where)).expand(3, -1, -1),
+            levels=0.05,
+        )
 
 
 @pytest.mark.parametrize("box", [(1.3, 0.45, 3.9, 6.2), (2.1, 3.2, 0.5, 0.3), (0.0, 0.5, 6.0, 1.0)])
@@ -77,30 +126,58 @@ def test_crop_of_a_continuous_box_by_hand(box: tuple[float, ...]) -> None:
         table = []
         for out in range(crop):
             centre, support = start + (out + 0.5) * length / crop, max(length / crop, 1)
-            row = [max(0, min(p + 1, start + length) - max(p, start)) * max(0, 1 - abs(p + 0.5 - centre) / support)
-                   for p in range(size)]
+            row = [
+                max(0, min(p + 1, start + length) - max(p, start))
+                * max(0, 1 - abs(p + 0.5 - centre) / support)
+                for p in range(size)
+            ]
             table.append([w / sum(row) for w in row])
         return table
 
     rows, columns = weights(top, box_height, height), weights(left, box_width, width)
     image = torch.randint(0, 256, (1, 1, height, width), generator=seeded(3), dtype=torch.uint8)
-    want = [[sum(rows[y][i] * columns[x][j] * image[0, 0, i, j].item() / 255 for i in range(height) for j in range(width))
-             for x in range(crop)] for y in range(crop)]
-    share = torch.tensor([[left / width, top / height, box_width / width, box_height / height]], dtype=torch.float64)
+    want = [
+        [
+            sum(
+                rows[y][i] * columns[x][j] * image[0, 0, i, j].item() / 255
+                for i in range(height)
+                for j in range(width)
+            )
+            for x in range(crop)
+        ]
+        for y in range(crop)
+    ]
+    share = torch.tensor(
+        [[left / width, top / height, box_width / width, box_height / height]], dtype=torch.float64
+    )
     got = augment(image, untouched(1, box=share), Recipe(crop, **PLAIN), torch.float64)
-    torch.testing.assert_close(got[0, 0], torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        got[0, 0], torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-12
+    )
 
 
-@pytest.mark.parametrize("name, values", [
-    ("brightness", (0.0, 0.6, 1.0, 1.4, 2.0)), ("contrast", (0.0, 0.6, 1.0, 1.4, 2.0)),
-    ("saturation", (0.0, 0.6, 1.0, 1.4, 2.0)), ("hue", (-0.5, -0.31, -0.1, 0.0, 0.04, 0.25, 0.4, 0.5)),
-])
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("brightness", (0.0, 0.6, 1.0, 1.4, 2.0)),
+        ("contrast", (0.0, 0.6, 1.0, 1.4, 2.0)),
+        ("saturation", (0.0, 0.6, 1.0, 1.4, 2.0)),
+        ("hue", (-0.5, -0.31, -0.1, 0.0, 0.04, 0.25, 0.4, 0.5)),
+    ],
+)
 def test_jitter_equals_torchvision(name: str, values: tuple[float, ...]) -> None:
     n = 2 * len(values)
-    images, factors = pictures(n, 32), torch.tensor(values, dtype=torch.float64).repeat_interleave(2)
+    images, factors = (
+        pictures(n, 32),
+        torch.tensor(values, dtype=torch.float64).repeat_interleave(2),
+    )
     params = untouched(n, jitter=torch.ones(n, dtype=torch.bool), **{name: factors})
     got = augment(images, params, Recipe(32, **PLAIN))
-    assert_close(got, torch.stack([ADJUST[name](image, f) for image, f in zip(images, factors.tolist())]), levels=2)
+    assert_close(
+        got,
+        torch.stack([ADJUST[name](image, f) for image, f in zip(images, factors.tolist())]),
+        levels=2,
+    )
 
 
 def test_grayscale_equals_torchvision_where_chosen() -> None:
@@ -117,9 +194,16 @@ def test_blur_equals_torchvision_where_chosen(crop: int) -> None:
     images = pictures(9, crop)
     got = augment(images, untouched(9, blur=chosen, sigma=sigma), Recipe(crop, **PLAIN))
     radius = min(6, crop - 1)  # 3 sigma of the default's widest
-    blurred = torch.stack([F.gaussian_blur(x, 2 * radius + 1, s) for x, s in zip(images, sigma.tolist())])
+    blurred = torch.stack(
+        [F.gaussian_blur(x, 2 * radius + 1, s) for x, s in zip(images, sigma.tolist())]
+    )
     assert_close(got[chosen], blurred[chosen], levels=2)
-    exact = torch.stack([F.gaussian_blur(x.double() / 255, 2 * radius + 1, s) for x, s in zip(images, sigma.tolist())])
+    exact = torch.stack(
+        [
+            F.gaussian_blur(x.double() / 255, 2 * radius + 1, s)
+            for x, s in zip(images, sigma.tolist())
+        ]
+    )
     assert_close(got[chosen], exact[chosen], levels=0.01)
     assert_close(got[~chosen], images[~chosen], levels=0.01)
 
@@ -127,10 +211,14 @@ def test_blur_equals_torchvision_where_chosen(crop: int) -> None:
 # The whole pipeline -------------------------------------------------------------------------------------------------------
 
 
-def rendering(image: Tensor, params: Params, k: int, made: Recipe, steps: tuple[str, ...]) -> Tensor:
+def rendering(
+    image: Tensor, params: Params, k: int, made: Recipe, steps: tuple[str, ...]
+) -> Tensor:
     """Image k of the batch by torchvision, one operation after the other, in floating point."""
     left, top, width, height = (params.box[k] * image.shape[-1]).round().int().tolist()
-    x = F.resized_crop(image.double() / 255, top, left, height, width, [made.crop, made.crop], antialias=True)
+    x = F.resized_crop(
+        image.double() / 255, top, left, height, width, [made.crop, made.crop], antialias=True
+    )
     for step in steps:
         if step == "flip" and params.flip[k]:
             x = F.hflip(x)
@@ -145,18 +233,27 @@ def rendering(image: Tensor, params: Params, k: int, made: Recipe, steps: tuple[
 
 
 @pytest.mark.parametrize("seed", range(4))  # each with its own order of the jitter
-@pytest.mark.parametrize("version, steps, wrong", [
-    ("v1", ("grayscale", "jitter", "flip"), ("jitter", "grayscale", "flip")),
-    ("v2", ("jitter", "grayscale", "blur", "flip"), ("grayscale", "blur", "jitter", "flip")),
-])
+@pytest.mark.parametrize(
+    "version, steps, wrong",
+    [
+        ("v1", ("grayscale", "jitter", "flip"), ("jitter", "grayscale", "flip")),
+        ("v2", ("jitter", "grayscale", "blur", "flip"), ("grayscale", "blur", "jitter", "flip")),
+    ],
+)
 def test_pipeline_equals_torchvision(version: str, steps: tuple, wrong: tuple, seed: int) -> None:
     n, size = 24, 48
     made, images = recipe(version, 32, **PLAIN), pictures(n, size, seed=seed)
     params = snapped(draw(torch.ones(n), made, seeded(seed)), size)
     got = augment(images, params, made)
-    assert_close(got, torch.stack([rendering(images[k], params, k, made, steps) for k in range(n)]), levels=2)
+    assert_close(
+        got, torch.stack([rendering(images[k], params, k, made, steps) for k in range(n)]), levels=2
+    )
     with pytest.raises(AssertionError, match="levels apart"):  # the test can tell orders apart
-        assert_close(got, torch.stack([rendering(images[k], params, k, made, wrong) for k in range(n)]), levels=2)
+        assert_close(
+            got,
+            torch.stack([rendering(images[k], params, k, made, wrong) for k in range(n)]),
+            levels=2,
+        )
     standard = recipe(version, 32)
     want = F.normalize(got, list(IMAGENET_MEAN), list(IMAGENET_STD))
     torch.testing.assert_close(augment(images, params, standard), want, rtol=0, atol=1e-5)
@@ -168,7 +265,15 @@ def test_certain_and_impossible_operations() -> None:
         made = Recipe(24, grayscale=1.0, grayscale_first=first, jitter_p=1.0, blur_p=1.0, **PLAIN)
         view = augment(images, draw(torch.ones(6), made, seeded(1)), made)
         assert_close(view[:, 0], view[:, 1], levels=0.01)  # grey stays grey
-    made = Recipe(32, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=(0, 0, 0, 0), grayscale=0.0, **PLAIN)
+    made = Recipe(
+        32,
+        scale=(1.0, 1.0),
+        ratio=(1.0, 1.0),
+        flip=0.0,
+        jitter=(0, 0, 0, 0),
+        grayscale=0.0,
+        **PLAIN,
+    )
     assert_close(augment(images, draw(torch.ones(6), made, seeded(1)), made), images, levels=0.01)
 
 
@@ -189,24 +294,32 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
     return (ours.double().sort().values - theirs.double().sort().values).abs().mean().item()
 
 
-@pytest.mark.parametrize("aspect", [0.2, 0.5, 3 / 4, 1.0, 4 / 3, 16 / 9, 5.0])  # at 0.2 and 5 half of the boxes fall back
+@pytest.mark.parametrize(
+    "aspect", [0.2, 0.5, 3 / 4, 1.0, 4 / 3, 16 / 9, 5.0]
+)  # at 0.2 and 5 half of the boxes fall back
 @pytest.mark.parametrize("scale, ratio", [((0.2, 1.0), (3 / 4, 4 / 3)), ((0.08, 0.6), (0.5, 3.0))])
 def test_boxes_follow_torchvision(aspect: float, scale: tuple, ratio: tuple) -> None:
-    n, width, height = 2500, round(1000 * aspect ** 0.5), round(1000 / aspect ** 0.5)
+    n, width, height = 2500, round(1000 * aspect**0.5), round(1000 / aspect**0.5)
     image = torch.zeros(1).expand(3, height, width)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        drawn = torch.tensor([RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(n)])
+        drawn = torch.tensor(
+            [RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(n)]
+        )
     top, left, h, w = drawn.double().T
     theirs = {"left": left / width, "top": top / height, "width": w / width, "height": h / height}
-    box = draw(torch.full((n,), width / height), Recipe(32, scale=scale, ratio=ratio), seeded(2)).box
+    box = draw(
+        torch.full((n,), width / height), Recipe(32, scale=scale, ratio=ratio), seeded(2)
+    ).box
     ours = dict(zip(("left", "top", "width", "height"), box.T))
     for sample in (ours, theirs):
         sample["area"] = sample["width"] * sample["height"]
         sample["ratio"] = sample["width"] / sample["height"]
         sample["right"] = 1 - sample["left"] - sample["width"]
     for name in ours:
-        spread = theirs[name].std().item() + 0.002  # two samples of one distribution: about 0.02 spreads apart
+        spread = (
+            theirs[name].std().item() + 0.002
+        )  # two samples of one distribution: about 0.02 spreads apart
         assert distance(ours[name], theirs[name]) < 0.08 * spread + 0.002, name
     assert (box >= 0).all() and (box[:, :2] + box[:, 2:] <= 1 + 1e-12).all()
 
@@ -216,38 +329,58 @@ def test_boxes_on_a_grid_are_torchvisions(grid: int) -> None:
     n, image = 6000, torch.zeros(1).expand(3, grid, grid)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        drawn = torch.tensor([RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(n)])
+        drawn = torch.tensor(
+            [RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(n)]
+        )
     box = grid * draw(torch.ones(n), Recipe(32, grid=grid), seeded(2)).box
     assert (box - box.round()).abs().max() < 1e-9 and (box[:, :2] + box[:, 2:]).max() <= grid + 1e-9
     for ours, theirs in zip(box.round().long().T, drawn[:, [1, 0, 3, 2]].T):
-        counts = [torch.bincount(values, minlength=grid + 1).double() / n for values in (ours, theirs)]
-        assert (counts[0] - counts[1]).abs().max() < 0.03  # 3.3 standard errors of the most frequent value
+        counts = [
+            torch.bincount(values, minlength=grid + 1).double() / n for values in (ours, theirs)
+        ]
+        assert (
+            counts[0] - counts[1]
+        ).abs().max() < 0.03  # 3.3 standard errors of the most frequent value
     free = draw(torch.ones(n), Recipe(32), seeded(2)).box
-    assert (box[:, 0] / grid).std() > 1.02 * free[:, 0].std()  # why the grid matters: whole pixels spread wider
+    assert (box[:, 0] / grid).std() > 1.02 * free[
+        :, 0
+    ].std()  # why the grid matters: whole pixels spread wider
 
 
 @pytest.mark.parametrize("size", [(800, 100), (100, 800), (1000, 90), (60, 1000)])
 def test_fallback_is_torchvisions_centre(size: tuple[int, int]) -> None:
     width, height = size
-    top, left, h, w = RandomResizedCrop.get_params(torch.zeros(1).expand(3, height, width), [0.2, 1.0], [3 / 4, 4 / 3])
+    top, left, h, w = RandomResizedCrop.get_params(
+        torch.zeros(1).expand(3, height, width), [0.2, 1.0], [3 / 4, 4 / 3]
+    )
     box = draw(torch.full((50,), width / height), Recipe(32), seeded(0)).box
     got = box * torch.tensor([width, height, width, height])
     assert (got - torch.tensor([left, top, w, h])).abs().max() <= 1  # torchvision's whole pixels
 
 
 def test_whole_image_where_no_box_of_a_legal_aspect_fits() -> None:
-    made = Recipe(32, scale=(1.0, 1.0), ratio=(0.5, 2.0))  # only a box of the image's own aspect would fit
+    made = Recipe(
+        32, scale=(1.0, 1.0), ratio=(0.5, 2.0)
+    )  # only a box of the image's own aspect would fit
     box = draw(torch.tensor([1.0, 1.3, 0.7], dtype=torch.float64), made, seeded(0)).box
-    torch.testing.assert_close(box, torch.tensor([[0.0, 0, 1, 1]], dtype=torch.float64).repeat(3, 1))
+    torch.testing.assert_close(
+        box, torch.tensor([[0.0, 0, 1, 1]], dtype=torch.float64).repeat(3, 1)
+    )
 
 
-@pytest.mark.parametrize("strength", [(0.4, 0.4, 0.4, 0.1), (0.2, 1.5, 0.8, 0.5)])  # 1.5: the factor stops at 0
+@pytest.mark.parametrize(
+    "strength", [(0.4, 0.4, 0.4, 0.1), (0.2, 1.5, 0.8, 0.5)]
+)  # 1.5: the factor stops at 0
 def test_jitter_follows_torchvision(strength: tuple[float, ...]) -> None:
     n, transform = 3000, ColorJitter(*strength)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        drawn = [transform.get_params(transform.brightness, transform.contrast, transform.saturation, transform.hue)[1:]
-                 for _ in range(n)]
+        drawn = [
+            transform.get_params(
+                transform.brightness, transform.contrast, transform.saturation, transform.hue
+            )[1:]
+            for _ in range(n)
+        ]
     params = draw(torch.ones(n), Recipe(32, jitter=strength), seeded(2))
     for name, theirs, s in zip(JITTER, torch.tensor(drawn).T, strength):
         assert distance(getattr(params, name), theirs) < 0.04 * s, name
@@ -258,10 +391,14 @@ def test_jitter_order_is_a_fair_permutation() -> None:
     orders = [draw(torch.ones(1), Recipe(32), seeded(k)).order for k in range(1200)]
     assert all(sorted(order) == sorted(JITTER) for order in orders)
     counts = [orders.count(order) for order in set(orders)]
-    assert len(counts) == 24 and sum((c - 50) ** 2 / 50 for c in counts) < 50  # chi-squared, 23 degrees: p < 0.001
+    assert (
+        len(counts) == 24 and sum((c - 50) ** 2 / 50 for c in counts) < 50
+    )  # chi-squared, 23 degrees: p < 0.001
 
 
-@pytest.mark.parametrize("version, want", [("v1", (0.5, 1.0, 0.2, 0.0)), ("v2", (0.5, 0.8, 0.2, 0.5))])
+@pytest.mark.parametrize(
+    "version, want", [("v1", (0.5, 1.0, 0.2, 0.0)), ("v2", (0.5, 0.8, 0.2, 0.5))]
+)
 def test_frequencies(version: str, want: tuple[float, ...]) -> None:
     params = draw(torch.ones(20000), recipe(version, 32), seeded(5))
     chosen = torch.stack((params.flip, params.jitter, params.grayscale, params.blur)).double()
@@ -287,12 +424,17 @@ def test_a_row_ignores_the_aspect_of_the_others() -> None:
     aspect = torch.linspace(0.1, 9, 12)
     alone = torch.where(torch.arange(12) < 4, aspect, torch.ones(12))
     one, two = (draw(a, recipe("v2", 32), seeded(7)).rows(slice(0, 4)) for a in (aspect, alone))
-    assert all(torch.equal(getattr(one, f), getattr(two, f)) for f in ("box", "flip", "hue", "grayscale", "sigma"))
+    assert all(
+        torch.equal(getattr(one, f), getattr(two, f))
+        for f in ("box", "flip", "hue", "grayscale", "sigma")
+    )
 
 
 def test_same_seed_same_views_other_seed_other_views() -> None:
     made, images = recipe("v2", 32), pictures(8, 48)
-    first, again, other = (augment(images, draw(torch.ones(8), made, seeded(s)), made) for s in (1, 1, 2))
+    first, again, other = (
+        augment(images, draw(torch.ones(8), made, seeded(s)), made) for s in (1, 1, 2)
+    )
     assert torch.equal(first, again) and not torch.equal(first, other)
     state = torch.random.get_rng_state()
     draw(torch.ones(8), made, seeded(1))
@@ -303,7 +445,9 @@ def test_same_seed_same_views_other_seed_other_views() -> None:
 def test_grey_input_equals_three_equal_channels(version: str) -> None:
     made, images = recipe(version, 32), pictures(8, 28, channels=1)
     params = draw(torch.ones(8), made, seeded(4))
-    assert torch.equal(augment(images, params, made), augment(images.expand(-1, 3, -1, -1), params, made))
+    assert torch.equal(
+        augment(images, params, made), augment(images.expand(-1, 3, -1, -1), params, made)
+    )
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
@@ -320,9 +464,14 @@ def test_hue_equals_the_standard_library_in_float64() -> None:
     params = untouched(4, jitter=torch.ones(4, dtype=torch.bool), hue=shift)
     got = augment(images, params, Recipe(8, **PLAIN), torch.float64)
     for k in range(4):
-        for pixel, view in zip((images[k].double() / 255).flatten(1).T.tolist(), got[k].flatten(1).T):
+        for pixel, view in zip(
+            (images[k].double() / 255).flatten(1).T.tolist(), got[k].flatten(1).T
+        ):
             hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
-            want = torch.tensor(colorsys.hsv_to_rgb((hue + shift[k].item()) % 1, saturation, value), dtype=torch.float64)
+            want = torch.tensor(
+                colorsys.hsv_to_rgb((hue + shift[k].item()) % 1, saturation, value),
+                dtype=torch.float64,
+            )
             torch.testing.assert_close(view, want, rtol=0, atol=1e-12)
 
 
@@ -349,14 +498,31 @@ def test_flat_images_stay_flat_and_finite(version: str, level: int) -> None:
 
 def test_no_images() -> None:
     made = recipe("v2", 32)
-    assert augment(pictures(0, 48), draw(torch.ones(0), made, seeded(0)), made).shape == (0, 3, 32, 32)
+    assert augment(pictures(0, 48), draw(torch.ones(0), made, seeded(0)), made).shape == (
+        0,
+        3,
+        32,
+        32,
+    )
 
 
-@pytest.mark.parametrize("wrong", [
-    {"crop": 0}, {"scale": (0.5, 0.2)}, {"scale": (0.0, 1.0)}, {"scale": (0.2, 1.1)}, {"ratio": (0.0, 1.0)}, {"flip": 1.5},
-    {"jitter_p": -0.1}, {"jitter": (0.4, 0.4, 0.4, 0.6)}, {"jitter": (0.4, 0.4)}, {"blur_sigma": (0.0, 1.0)},
-    {"std": (0.2, 0.0, 0.2)}, {"mean": (0.5,)},
-])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"crop": 0},
+        {"scale": (0.5, 0.2)},
+        {"scale": (0.0, 1.0)},
+        {"scale": (0.2, 1.1)},
+        {"ratio": (0.0, 1.0)},
+        {"flip": 1.5},
+        {"jitter_p": -0.1},
+        {"jitter": (0.4, 0.4, 0.4, 0.6)},
+        {"jitter": (0.4, 0.4)},
+        {"blur_sigma": (0.0, 1.0)},
+        {"std": (0.2, 0.0, 0.2)},
+        {"mean": (0.5,)},
+    ],
+)
 def test_recipe_refuses_nonsense(wrong: dict) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .* it must be") as caught:
         Recipe(**{"crop": 32, **wrong})
@@ -396,8 +562,37 @@ def test_gpu_agrees_with_cpu_and_waits_for_nothing(version: str) -> None:
 
 
 def test_the_recipe_of_a_training_is_what_its_settings_say() -> None:
-    config = {"crop": 32, "aug_plus": True, "blur": 0.3, "crop_scale": [0.4, 0.9], "grayscale": 0.1, "pixel_boxes": False, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    config = {
+        "crop": 32,
+        "aug_plus": True,
+        "blur": 0.3,
+        "crop_scale": [0.4, 0.9],
+        "grayscale": 0.1,
+        "pixel_boxes": False,
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+    }
     plus = training_recipe(config, grid=32)
-    assert plus == recipe("v2", 32, scale=(0.4, 0.9), grayscale=0.1, blur_p=0.3, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    assert plus == recipe(
+        "v2",
+        32,
+        scale=(0.4, 0.9),
+        grayscale=0.1,
+        blur_p=0.3,
+        mean=(0.1, 0.2, 0.3),
+        std=(0.4, 0.5, 0.6),
+    )
     plain = training_recipe(config | {"aug_plus": False, "pixel_boxes": True}, grid=28)
-    assert plain == recipe("v1", 32, scale=(0.4, 0.9), grayscale=0.1, grid=28, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)) and plain.blur_p == 0
+    assert (
+        plain
+        == recipe(
+            "v1",
+            32,
+            scale=(0.4, 0.9),
+            grayscale=0.1,
+            grid=28,
+            mean=(0.1, 0.2, 0.3),
+            std=(0.4, 0.5, 0.6),
+        )
+        and plain.blur_p == 0
+    )

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 import torchvision
 
 import parallel
-from model import GroupBatchNorm2d, MoCo, OverlapConv2d, build_encoder, contrast_hits, contrastive_loss
+from model import (
+    GroupBatchNorm2d,
+    MoCo,
+    OverlapConv2d,
+    build_encoder,
+    contrast_hits,
+    contrastive_loss,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +26,9 @@ def seed() -> None:
 
 
 def small_moco(**changes) -> MoCo:
-    return MoCo(**{"arch": "resnet18", "feature_dim": 8, "num_keys": 12, **changes}).double().train()
+    return (
+        MoCo(**{"arch": "resnet18", "feature_dim": 8, "num_keys": 12, **changes}).double().train()
+    )
 
 
 def images(n: int = 8, side: int = 32) -> torch.Tensor:
@@ -41,7 +50,15 @@ class PlainReference:
             for pk, pq in zip(self.k.parameters(), self.q.parameters()):
                 pk.data = pk.data * self.m + pq.data * (1 - self.m)
             k = F.normalize(self.k(im_k), dim=1)
-        logits = torch.stack([torch.cat([(q[i] * k[i]).sum()[None], q[i] @ self.queue.clone()]) for i in range(len(q))]) / self.t
+        logits = (
+            torch.stack(
+                [
+                    torch.cat([(q[i] * k[i]).sum()[None], q[i] @ self.queue.clone()])
+                    for i in range(len(q))
+                ]
+            )
+            / self.t
+        )
         for row in k:
             self.queue[:, self.ptr] = row
             self.ptr = (self.ptr + 1) % self.queue.shape[1]
@@ -51,27 +68,39 @@ class PlainReference:
 def test_five_steps_equal_a_plain_rendering_of_the_paper():
     moco = small_moco(momentum=0.9)
     plain = PlainReference(moco)
-    ours, theirs = torch.optim.SGD(moco.encoder_q.parameters(), 0.1, 0.9), torch.optim.SGD(plain.q.parameters(), 0.1, 0.9)
+    ours, theirs = (
+        torch.optim.SGD(moco.encoder_q.parameters(), 0.1, 0.9),
+        torch.optim.SGD(plain.q.parameters(), 0.1, 0.9),
+    )
     for _ in range(5):  # 5 x 8 keys wrap a queue of 12 three times
         a, b = images(), images()
         logits, labels, keys = moco(a, b)
         expected = plain.step(a, b)
         torch.testing.assert_close(logits, expected, rtol=1e-7, atol=1e-9)
-        for loss, optimizer in ((contrastive_loss(logits, labels), ours), (F.cross_entropy(expected, labels), theirs)):
+        for loss, optimizer in (
+            (contrastive_loss(logits, labels), ours),
+            (F.cross_entropy(expected, labels), theirs),
+        ):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         moco.enqueue(keys)
     assert moco.queue_ptr.item() == plain.ptr == 40 % 12
     torch.testing.assert_close(moco.queue, plain.queue, rtol=1e-7, atol=1e-9)
-    for (name, value), expected in zip(moco.encoder_k.state_dict().items(), plain.k.state_dict().values()):
+    for (name, value), expected in zip(
+        moco.encoder_k.state_dict().items(), plain.k.state_dict().values()
+    ):
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-8, msg=name)
 
 
 def test_loss_is_minus_log_softmax_of_the_positive():
     logits = torch.randn(5, 7, dtype=torch.float64)
-    by_hand = [-math.log(math.exp(row[0]) / sum(math.exp(x) for x in row)) for row in logits.tolist()]
-    assert contrastive_loss(logits, torch.zeros(5, dtype=torch.long)).item() == pytest.approx(sum(by_hand) / 5, rel=1e-12)
+    by_hand = [
+        -math.log(math.exp(row[0]) / sum(math.exp(x) for x in row)) for row in logits.tolist()
+    ]
+    assert contrastive_loss(logits, torch.zeros(5, dtype=torch.long)).item() == pytest.approx(
+        sum(by_hand) / 5, rel=1e-12
+    )
 
 
 def test_loss_is_chance_when_nothing_can_be_told_apart():
@@ -109,7 +138,9 @@ def test_queue_is_first_in_first_out_for_any_sizes(n: int, k: int):
         pointer = together.queue_ptr.item()
         oldest_first = together.queue.roll(-pointer, dims=1).T
         torch.testing.assert_close(oldest_first, torch.stack(history), rtol=0, atol=0)
-    assert torch.equal(together.queue, single.queue) and torch.equal(together.queue_ptr, single.queue_ptr)
+    assert torch.equal(together.queue, single.queue) and torch.equal(
+        together.queue_ptr, single.queue_ptr
+    )
 
 
 @pytest.mark.parametrize("m", [0.0, 0.9, 0.999, 1.0])
@@ -121,7 +152,7 @@ def test_momentum_update_closed_form(m: float):
     for _ in range(4):
         moco.update_key_encoder()
     for k0, k, q in zip(start, moco.encoder_k.parameters(), moco.encoder_q.parameters()):
-        torch.testing.assert_close(k, m ** 4 * k0 + (1 - m ** 4) * q, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(k, m**4 * k0 + (1 - m**4) * q, rtol=1e-12, atol=1e-12)
         assert m != 0 or torch.equal(k, q), "m = 0: the key encoder is the query encoder"
         assert m != 1 or torch.equal(k, k0)
 
@@ -130,13 +161,22 @@ def test_momentum_update_closed_form(m: float):
 def test_grouped_batch_norm_is_batch_norm_of_each_chunk(groups: int, n: int):
     grouped = GroupBatchNorm2d(5, groups).double().train()
     nn.init.normal_(grouped.weight)
-    x, gradient = torch.randn(n, 5, 3, 3, dtype=torch.float64, requires_grad=True), torch.randn(n, 5, 3, 3, dtype=torch.float64)
+    x, gradient = (
+        torch.randn(n, 5, 3, 3, dtype=torch.float64, requires_grad=True),
+        torch.randn(n, 5, 3, 3, dtype=torch.float64),
+    )
     y = grouped(x)
     y.backward(gradient)
     x2, outputs, means, variances = x.detach().clone().requires_grad_(), [], [], []
     for chunk in x2.chunk(groups):
-        mean, var = chunk.mean((0, 2, 3), keepdim=True), chunk.var((0, 2, 3), unbiased=False, keepdim=True)
-        outputs.append((chunk - mean) / (var + grouped.eps).sqrt() * grouped.weight[:, None, None] + grouped.bias[:, None, None])
+        mean, var = (
+            chunk.mean((0, 2, 3), keepdim=True),
+            chunk.var((0, 2, 3), unbiased=False, keepdim=True),
+        )
+        outputs.append(
+            (chunk - mean) / (var + grouped.eps).sqrt() * grouped.weight[:, None, None]
+            + grouped.bias[:, None, None]
+        )
         means.append(chunk.mean((0, 2, 3)))
         variances.append(chunk.var((0, 2, 3)))
     torch.cat(outputs).backward(gradient)
@@ -150,7 +190,10 @@ def test_grouped_batch_norm_is_batch_norm_of_each_chunk(groups: int, n: int):
 def test_groups_are_used_in_training_only():
     grouped = GroupBatchNorm2d(5, 4).eval()
     x = torch.randn(8, 5, 3, 3)
-    torch.testing.assert_close(grouped(x), F.batch_norm(x, grouped.running_mean, grouped.running_var, grouped.weight, grouped.bias))
+    torch.testing.assert_close(
+        grouped(x),
+        F.batch_norm(x, grouped.running_mean, grouped.running_var, grouped.weight, grouped.bias),
+    )
 
 
 @pytest.mark.parametrize("groups, changes", [(1, False), (2, True), (4, True)])
@@ -170,7 +213,9 @@ def test_shuffled_keys_are_those_of_the_permuted_groups():
     moco = small_moco(bn_groups=2)
     b, permutation = images(), torch.randperm(8)
     expected = torch.empty(8, 8, dtype=torch.float64)
-    for half in permutation.chunk(2):  # each group of the shuffled batch by itself, through an encoder with plain batch norm
+    for half in permutation.chunk(
+        2
+    ):  # each group of the shuffled batch by itself, through an encoder with plain batch norm
         encoder = build_encoder("resnet18", 8).double().train()
         encoder.load_state_dict(moco.encoder_k.state_dict())
         expected[half] = F.normalize(encoder(b[half]), dim=1)
@@ -212,7 +257,20 @@ def test_weights_load_into_a_plain_torchvision_resnet(arch: str):
     torch.testing.assert_close(encoder(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("size, k, s, p", [(1, 3, 1, 1), (2, 3, 2, 1), (1, 1, 1, 0), (3, 3, 1, 0), (2, 3, 1, 1), (4, 3, 2, 1), (3, 3, 2, 1), (2, 7, 2, 3), (1, 7, 2, 3)])
+@pytest.mark.parametrize(
+    "size, k, s, p",
+    [
+        (1, 3, 1, 1),
+        (2, 3, 2, 1),
+        (1, 1, 1, 0),
+        (3, 3, 1, 0),
+        (2, 3, 1, 1),
+        (4, 3, 2, 1),
+        (3, 3, 2, 1),
+        (2, 7, 2, 3),
+        (1, 7, 2, 3),
+    ],
+)
 def test_overlap_convolution_is_the_convolution(size: int, k: int, s: int, p: int):
     ours, plain = OverlapConv2d(4, 6, k, s, p).double(), nn.Conv2d(4, 6, k, s, p).double()
     ours.load_state_dict(plain.state_dict())
@@ -234,7 +292,14 @@ def test_mlp_head_is_linear_relu_linear():
 
 def test_state_dict_has_the_names_of_the_reference():
     names = small_moco(mlp=True).state_dict().keys()
-    assert {"encoder_q.conv1.weight", "encoder_k.layer4.1.bn2.running_var", "encoder_q.fc.0.weight", "encoder_q.fc.2.bias", "queue", "queue_ptr"} <= set(names)
+    assert {
+        "encoder_q.conv1.weight",
+        "encoder_k.layer4.1.bn2.running_var",
+        "encoder_q.fc.0.weight",
+        "encoder_q.fc.2.bias",
+        "queue",
+        "queue_ptr",
+    } <= set(names)
 
 
 def test_unknown_architecture_is_refused():
@@ -242,7 +307,9 @@ def test_unknown_architecture_is_refused():
         build_encoder("vgg16")
 
 
-@pytest.mark.parametrize("batch, groups, expected", [(256, "auto", 8), (256, 6, 6), (16, 8, 8), (8, 1, 1)])
+@pytest.mark.parametrize(
+    "batch, groups, expected", [(256, "auto", 8), (256, 6, 6), (16, 8, 8), (8, 1, 1)]
+)
 def test_groups_that_fit(batch: int, groups, expected: int):
     assert parallel.resolve_bn_groups(groups, batch, parallel.OneDevice()) == expected
 

@@ -18,7 +18,13 @@ CPU = torch.device("cpu")
 
 def small(trained: bool = True) -> nn.Module:
     torch.manual_seed(0)
-    encoder = nn.Sequential(nn.Conv2d(3, 8, 3), GroupBatchNorm2d(8, num_groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+    encoder = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        GroupBatchNorm2d(8, num_groups=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 36, 4),
+    )
     return encoder.double().train().requires_grad_(trained)
 
 
@@ -34,15 +40,24 @@ def test_a_compiled_encoder_is_the_same_encoder() -> None:
     for a, b in zip(plain.parameters(), compiled.parameters()):
         assert torch.allclose(a.grad, b.grad, rtol=0, atol=1e-10)
     for name, value in plain.state_dict().items():  # the running statistics, too
-        assert torch.allclose(value.double(), compiled.state_dict()[name].double(), rtol=0, atol=1e-12), name
+        assert torch.allclose(
+            value.double(), compiled.state_dict()[name].double(), rtol=0, atol=1e-12
+        ), name
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_a_compile_that_fails_leaves_the_encoder_as_it_was(monkeypatch: pytest.MonkeyPatch, trained: bool) -> None:
+def test_a_compile_that_fails_leaves_the_encoder_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, trained: bool
+) -> None:
     def broken(self, *args, **kwargs):
         raise RuntimeError("no compiler\nhere")
+
     encoder, x = small(trained), torch.randn(6, 3, 8, 8, dtype=torch.float64)
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: setattr(self, "_compiled_call_impl", broken.__get__(self)))
+    monkeypatch.setattr(
+        nn.Module,
+        "compile",
+        lambda self, **how: setattr(self, "_compiled_call_impl", broken.__get__(self)),
+    )
     reason = parallel.compile_encoder(encoder, torch.zeros_like(x), "fp64")
     assert reason == "RuntimeError: no compiler here"
     assert torch.equal(encoder(x), small(trained)(x))
@@ -51,31 +66,75 @@ def test_a_compile_that_fails_leaves_the_encoder_as_it_was(monkeypatch: pytest.M
 def test_train_goes_on_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Said once, and the run is the one without --compile."""
     monkeypatch.setattr(parallel, "compile_encoder", lambda *args: "RuntimeError: no compiler")
-    flags = ["--dataset_root=shapes", "--arch=resnet18", "--crop=16", "--num_keys=64", "--batch_size=1000", "--bn_groups=2", "--max_epoch=1", "--device=cpu",
-             "--precision=fp32", "--log_every=1"]
+    flags = [
+        "--dataset_root=shapes",
+        "--arch=resnet18",
+        "--crop=16",
+        "--num_keys=64",
+        "--batch_size=1000",
+        "--bn_groups=2",
+        "--max_epoch=1",
+        "--device=cpu",
+        "--precision=fp32",
+        "--log_every=1",
+    ]
     ends = []
     for name in ("--compile", "--no-compile"):
         done = run("train", *flags, f"--output_root={tmp_path / name}", name)
-        assert done.returncode == 0 and done.stderr.count("--compile failed, going on without it: RuntimeError: no compiler") == (name == "--compile"), done.stderr
-        ends.append(utils.load_checkpoint(tmp_path / name / "IMAGENET-64/v1/checkpoints/last.pth.tar")["state_dict"])
+        assert done.returncode == 0 and done.stderr.count(
+            "--compile failed, going on without it: RuntimeError: no compiler"
+        ) == (name == "--compile"), done.stderr
+        ends.append(
+            utils.load_checkpoint(tmp_path / name / "IMAGENET-64/v1/checkpoints/last.pth.tar")[
+                "state_dict"
+            ]
+        )
     assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
     log = utils.read_csv(tmp_path / "--compile/IMAGENET-64/v1/log.csv")
-    assert all(0 <= percent <= 100 for percent in log["data_wait_percent"]) and all(mb > 100 for mb in log["peak_memory_mb"])
+    assert all(0 <= percent <= 100 for percent in log["data_wait_percent"]) and all(
+        mb > 100 for mb in log["peak_memory_mb"]
+    )
     last = [line for line in done.stdout.splitlines() if line.startswith("time: ")][0]
     shares = [int(part.split()[-2]) for part in last.split(", ")]
-    assert all(name in last for name in ("data", "augmentation", "forward and backward", "update", "other")) and abs(sum(shares) - 100) <= 3
+    assert (
+        all(
+            name in last
+            for name in ("data", "augmentation", "forward and backward", "update", "other")
+        )
+        and abs(sum(shares) - 100) <= 3
+    )
 
 
 def test_the_curve_in_bfloat16_is_that_in_float32_within_three_percent(tmp_path: Path) -> None:
     """Two epochs of the built-in images: the mean loss of each quarter of an epoch, and of the whole run within one percent."""
     curves = []
     for precision in ("fp32", "bf16"):
-        done = run("train", "--dataset_root=shapes", f"--output_root={tmp_path}", f"--exp_version={precision}", f"--precision={precision}", "--arch=resnet18", "--crop=16",
-                   "--num_keys=256", "--batch_size=125", "--bn_groups=4", "--shuffle_bn", "--temperature=0.2", "--lr=0.01", "--max_epoch=2", "--log_every=10", "--device=cpu")
+        done = run(
+            "train",
+            "--dataset_root=shapes",
+            f"--output_root={tmp_path}",
+            f"--exp_version={precision}",
+            f"--precision={precision}",
+            "--arch=resnet18",
+            "--crop=16",
+            "--num_keys=256",
+            "--batch_size=125",
+            "--bn_groups=4",
+            "--shuffle_bn",
+            "--temperature=0.2",
+            "--lr=0.01",
+            "--max_epoch=2",
+            "--log_every=10",
+            "--device=cpu",
+        )
         assert done.returncode == 0, done.stderr
-        curves.append(torch.tensor(utils.read_csv(tmp_path / "IMAGENET-64" / precision / "log.csv")["loss"]))
+        curves.append(
+            torch.tensor(utils.read_csv(tmp_path / "IMAGENET-64" / precision / "log.csv")["loss"])
+        )
     assert len(curves[0]) == 8 and not torch.equal(*curves)
-    assert (curves[1] / curves[0] - 1).abs().max() < 0.03 and abs(curves[1].mean() / curves[0].mean() - 1) < 0.01
+    assert (curves[1] / curves[0] - 1).abs().max() < 0.03 and abs(
+        curves[1].mean() / curves[0].mean() - 1
+    ) < 0.01
 
 
 def test_the_stopwatch_adds_up() -> None:
@@ -88,12 +147,18 @@ def test_the_stopwatch_adds_up() -> None:
     assert 0.06 <= spent["sleep"] <= whole and spent["nothing"] < 0.02
     watch.lap("nothing")
     again = watch.read()
-    assert set(again) == {"nothing"} and watch.total["nothing"] == pytest.approx(spent["nothing"] + again["nothing"]) and watch.total["sleep"] == spent["sleep"]
+    assert (
+        set(again) == {"nothing"}
+        and watch.total["nothing"] == pytest.approx(spent["nothing"] + again["nothing"])
+        and watch.total["sleep"] == spent["sleep"]
+    )
 
 
 def test_auto_is_not_fooled_by_emulated_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda:0")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)  # true of Turing and Volta, too, by emulation
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True
+    )  # true of Turing and Volta, too, by emulation
     for capability, expected in (((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         assert parallel.pick_precision("auto", cuda) == expected
