@@ -1,79 +1,49 @@
-"""Write the encoder of a checkpoint in another tool's format: the query encoder alone, without its head.
+"""Write the encoder of a checkpoint for another tool: the query encoder alone, without its head.
 
-    python export.py output/IMAGENET-64/v1/checkpoints/last.pth.tar resnet50.pth --format torchvision
-    python export.py CHECKPOINT resnet50.pth --format timm              timm.create_model("resnet50", num_classes=0)
-    python export.py CHECKPOINT R-50.pkl --format detectron2            MODEL.WEIGHTS of Detectron2
+    python export.py output/IMAGENET-64/v1/checkpoints/last.pth.tar OUT.pth --format torchvision
+    python export.py CHECKPOINT OUT.pth --format timm
+    python export.py CHECKPOINT OUT.pkl --format detectron2        for MODEL.WEIGHTS of Detectron2
 
-CHECKPOINT is one of ours, one of the reference's, or torchvision's weights. The lines printed at the end load the result.
+CHECKPOINT is one of ours, one of the reference's, or torchvision's weights. The lines that are
+printed at the end load the result.
 """
 
-import argparse
 import pickle
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 
-import evaluate
-import model
-import utils
-
-LOADING = {
-    "torchvision": 'encoder = torchvision.models.get_model("{arch}"); encoder.fc = torch.nn.Identity()',
-    "timm": 'encoder = timm.create_model("{arch}", num_classes=0)',
-}
-SMALL_STEM = "encoder.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False); encoder.maxpool = torch.nn.Identity()"
+import config
+import encoders
+from utils import UserError, atomic_write, guard, say
 
 
 def main(argv: list[str]) -> None:
-    parser = utils.Parser(
-        prog="python export.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("out", metavar="OUT")
-    parser.add_argument("--format", required=True, choices=[*LOADING, "detectron2"])
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
-    args = parser.parse_args(argv)
-    if Path(args.out).exists() and not args.overwrite:
-        raise utils.UserError(
-            f"{args.out!r} is there already: name another file, or --overwrite it"
-        )
-    checkpoint = utils.load_checkpoint(args.checkpoint, bare=True)
-    encoder, found = evaluate.read_checkpoint(Path(args.checkpoint), checkpoint)
-    state = {name: value.contiguous() for name, value in encoder.state_dict().items()}
-    if args.format == "detectron2":
-        if found.small_stem:
-            raise utils.UserError(
-                f"{args.checkpoint!r} has a small stem, which Detectron2's ResNet has not: use torchvision or timm"
-            )
-        content = {
-            "model": detectron2_state(state),
-            "__author__": "MoCo",
-            "matching_heuristics": True,
-        }
-        utils.atomic_write(args.out, lambda file: pickle.dump(content, file))
+    settings = config.parse(config.ExportSettings, argv, __doc__)
+    out, form = settings.out, settings.format
+    if Path(out).exists() and not settings.overwrite:
+        raise UserError(f"{out!r} is there already: name another file, or --overwrite it")
+    loaded = encoders.load(settings.checkpoint)
+    if loaded.small_stem and form == "detectron2":
+        message = "has a small stem, which Detectron2's ResNet has not: use torchvision or timm"
+        raise UserError(f"{settings.checkpoint!r} {message}")
+    state = {name: value.contiguous() for name, value in loaded.encoder.state_dict().items()}
+    if form == "detectron2":
+        content = {"model": rename(state), "__author__": "MoCo", "matching_heuristics": True}
+        atomic_write(out, lambda file: pickle.dump(content, file))
+        lines = lines_for_detectron2(out, loaded)
     else:
-        utils.atomic_write(args.out, lambda file: torch.save(state, file))
-    print(f"read     {args.checkpoint}: {found}")
-    print(f"written  {args.out}: {len(state)} tensors of the encoder, for {args.format}")
-    print(
-        "\n".join(
-            "         " + line
-            for line in how_to_load(
-                args.format,
-                args.out,
-                found,
-                evaluate.own_config(checkpoint, utils.config_keys("train")),
-            )
-        )
-    )
+        atomic_write(out, lambda file: torch.save(state, file))
+        lines = lines_for_python(form, out, loaded)
+    say(f"read     {settings.checkpoint}: {loaded.description}")
+    say(f"written  {out}: {len(state)} tensors of the encoder, for {form}")
+    say("\n".join("         " + line for line in lines))
 
 
-def detectron2_state(state: dict[str, torch.Tensor]) -> dict[str, object]:
-    """A torchvision ResNet's state under Detectron2's names: stem, res2 to res5, conv1.norm, shortcut; without counters, as numpy arrays."""
+def rename(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """The weights under the names of Detectron2's ResNet: stem, res2 to res5, norm, shortcut."""
     renamed = {}
     for name, value in state.items():
         if name.endswith("num_batches_tracked"):
@@ -86,37 +56,45 @@ def detectron2_state(state: dict[str, torch.Tensor]) -> dict[str, object]:
     return renamed
 
 
-def how_to_load(form: str, out: str, found: model.Found, config: dict) -> list[str]:
+def normalization(loaded: encoders.LoadedEncoder) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (3,) of the training's images; of ImageNet's if not known."""
+    settings = loaded.settings or config.from_values(config.TrainSettings, {})
+    return np.array(settings.mean), np.array(settings.std)
+
+
+def lines_for_python(form: str, out: str, loaded: encoders.LoadedEncoder) -> list[str]:
     """The lines that load the result, and what its images must be."""
-    defaults = {name: key.default for name, key in utils.config_keys("train").items()}
-    mean, std = (
-        [round(value, 4) for value in config.get(name, defaults[name])] for name in ("mean", "std")
-    )
-    if form == "detectron2":
-        depth = re.sub(r"\D*(\d+).*", r"\1", found.arch)
-        if found.arch in ("resnet18", "resnet34"):
-            depth += "  MODEL.RESNETS.RES2_OUT_CHANNELS 64"
-        if found.arch.startswith("wide"):
-            depth += "  MODEL.RESNETS.WIDTH_PER_GROUP 128"
-        if wide := re.search(r"_(\d+)x(\d+)d$", found.arch):
-            depth += (
-                f"  MODEL.RESNETS.NUM_GROUPS {wide[1]}  MODEL.RESNETS.WIDTH_PER_GROUP {wide[2]}"
-            )
-        return [
-            f'MODEL.WEIGHTS "{out}"  MODEL.RESNETS.DEPTH {depth}  MODEL.RESNETS.STRIDE_IN_1X1 False  INPUT.FORMAT "RGB"',
-            f"MODEL.PIXEL_MEAN {[round(255 * value, 3) for value in mean]}  MODEL.PIXEL_STD {[round(255 * value, 3) for value in std]}",
-        ]
-    lines = [
-        LOADING[form].format(arch=found.arch),
-        *([SMALL_STEM] if found.small_stem else []),
-        f'encoder.load_state_dict(torch.load("{out}", weights_only=True))',
-    ]
+    lines = [f'encoder = timm.create_model("{loaded.arch}", num_classes=0)']
+    if form == "torchvision":
+        lines = [f'encoder = torchvision.models.get_model("{loaded.arch}")']
+        lines.append("encoder.fc = torch.nn.Identity()")
+    if loaded.small_stem:
+        lines.append("encoder.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)")
+        lines.append("encoder.maxpool = torch.nn.Identity()")
+    lines.append(f'encoder.load_state_dict(torch.load("{out}", weights_only=True))')
+    mean, std = (values.round(4).tolist() for values in normalization(loaded))
+    size = f"; trained on views of {loaded.settings.crop} px" if loaded.settings else ""
+    return [*lines, f"# images: RGB in [0, 1], less {mean}, over {std}{size}"]
+
+
+def lines_for_detectron2(out: str, loaded: encoders.LoadedEncoder) -> list[str]:
+    """The settings under which Detectron2 builds this encoder and loads the result."""
+    depth, *more = re.findall(r"\d+", loaded.arch)
+    network = f"MODEL.RESNETS.DEPTH {depth}  MODEL.RESNETS.STRIDE_IN_1X1 False"
+    if loaded.arch in ("resnet18", "resnet34"):
+        network += "  MODEL.RESNETS.RES2_OUT_CHANNELS 64"
+    if loaded.arch.startswith("wide"):
+        network += "  MODEL.RESNETS.WIDTH_PER_GROUP 128"
+    if loaded.arch.startswith("resnext"):
+        groups, width = more
+        network += f"  MODEL.RESNETS.NUM_GROUPS {groups}  MODEL.RESNETS.WIDTH_PER_GROUP {width}"
+    mean, std = ((255 * values).round(3).tolist() for values in normalization(loaded))
     return [
-        *lines,
-        f"images: RGB in [0, 1], less {mean}, over {std}"
-        + (f"; trained on views of {config['crop']} px" if "crop" in config else ""),
+        f'MODEL.WEIGHTS "{out}"  INPUT.FORMAT "RGB"',
+        network,
+        f"MODEL.PIXEL_MEAN {mean}  MODEL.PIXEL_STD {std}",
     ]
 
 
 if __name__ == "__main__":
-    utils.main_guard(main)
+    guard(main)

@@ -1,13 +1,13 @@
-"""Does the GPU compute what the CPU does? For a machine with an NVIDIA GPU; prints a table, exits with 1 if a line fails.
+"""Does the GPU compute what the CPU does? Prints a table, exits with 1 if a line fails.
 
-    python benchmarks/gpu.py                  on one GPU, or several
-    python benchmarks/gpu.py --device cpu     tries the script itself where there is no GPU, in seven minutes: everything must agree
+    python benchmarks/gpu.py                 on one NVIDIA GPU, or several
+    python benchmarks/gpu.py --device cpu    tries the script itself, in seven minutes
 
-Float64 over 20 steps, float32 (TF32 off) over one step, eight batch-norm groups on one GPU, and torchrun with one process (NCCL); on a
-machine with several GPUs also nn.DataParallel and torchrun over two of them.
+Float64 over 20 steps, float32 (TF32 off) over one step, eight batch-norm groups on one GPU, and
+torchrun with one process (NCCL); on a machine with several GPUs also nn.DataParallel and torchrun
+over two of them.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -16,12 +16,15 @@ import tempfile
 from pathlib import Path
 
 import torch
+from common import build_parser, print_header, print_row
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import utils
+from run import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import utils
-
-BASE = [
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
+FLAGS = [  # 20 steps of 250 images
     "--dataset_root=shapes",
     "--arch=resnet18",
     "--crop=40",
@@ -36,128 +39,118 @@ BASE = [
     "--temperature=0.2",
     "--log_every=1",
     "--overwrite",
-]  # 20 steps of 250 images
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
+]
+ONE_STEP = [  # a batch of more than half of the images
+    "--precision=fp32",
+    "--batch_size=2501",
+    "--num_keys=2500",
+    "--bn_groups=1",
+]
+DEMO = [
+    "--crop=32",
+    "--feature_dim=128",
+    "--batch_size=64",
+    "--bn_groups=8",
+    "--num_keys=512",
+    "--lr=0.03",
+    "--cosine",
+    "--momentum=0.99",
+    "--max_epoch=9",
+]
+DEMO_CHANCE, DEMO_LOSS = 6.24, 5.9  # what the loss starts from, and must fall below
 
 
-def train(
-    out: Path, name: str, flags: list[str], launch: tuple[str, ...] = (), gpus: str = "0"
-) -> dict[str, list[float]]:
-    """The log of a run on these GPUs; SystemExit with its error if it fails."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus, "NVIDIA_TF32_OVERRIDE": "0"}
-    done = subprocess.run(
-        [
-            sys.executable,
-            *launch,
-            "train.py",
-            *BASE,
-            f"--output_root={out}",
-            f"--exp_version={name}",
-            *flags,
-        ],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-    return utils.read_csv(out / "IMAGENET-64" / name / "log.csv")
+class Checks:
+    """Runs of train.py in a folder, and the rows of the table."""
+
+    def __init__(self, out: Path, device: str) -> None:
+        self.out, self.device, self.failed = out, device, False
+
+    def train(self, name: str, *flags: str, launch: tuple[str, ...] = (), gpus: str = "0") -> Path:
+        """The folder of a run on these GPUs; UserError if it fails."""
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus, "NVIDIA_TF32_OVERRIDE": "0"}
+        names = [f"--output_root={self.out}", "--dataset_name=GPU", f"--exp_version={name}"]
+        done = subprocess.run(
+            [sys.executable, *launch, "train.py", *FLAGS, *names, *flags],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise utils.UserError(f"{name} failed:\n{done.stderr[-3000:]}")
+        return self.out / "GPU" / name
+
+    def check(self, name: str, value: float, limit: float) -> None:
+        fits = value <= limit  # not so for a number that is not finite
+        self.failed |= not fits
+        print_row(name, f"{value:.2e}", f"{limit:g}", "ok" if fits else "FAILED")
+
+    def one_device(self) -> None:
+        double, device = "--precision=fp64", self.device
+        cpu = self.train("cpu-fp64", double, "--device=cpu")
+        gpu = self.train("gpu-fp64", double, device)
+        self.check("float64, 20 steps, all of the state", difference(cpu, gpu), 1e-6)
+        single = self.train("cpu-fp32", *ONE_STEP, "--device=cpu")
+        other = self.train("gpu-fp32", *ONE_STEP, device)
+        self.check("float32, one step from the same state", difference(single, other), 1e-3)
+        nccl = self.train("nccl", double, device, launch=(*TORCHRUN, "--nproc_per_node=1"))
+        self.check("torchrun with one process, float64, 20 steps", difference(gpu, nccl), 1e-6)
+
+    def two_devices(self) -> None:
+        flags = ["--precision=fp64", self.device, "--bn_groups=2"]
+        one = self.train("one", *flags)
+        for name, launch in (
+            ("torchrun", (*TORCHRUN, "--nproc_per_node=2")),
+            ("nn.DataParallel", ()),
+        ):
+            two = self.train("two", *flags, launch=launch, gpus="0,1")
+            self.check(f"{name} over two GPUs, float64, 20 steps", difference(one, two), 1e-6)
+
+    def demo(self) -> None:
+        log = utils.read_csv(self.train("groups", *DEMO, self.device) / "log.csv")
+        loss = statistics.fmean(log["loss"][-50:])
+        name = f"the demo, 8 groups, precision auto: final loss (chance: {DEMO_CHANCE})"
+        self.check(name, loss, DEMO_LOSS)
 
 
-def difference(out: Path, a: str, b: str) -> float:
-    """The largest difference of two runs' weights, queue, statistics and momentum buffers, relative to each tensor's largest value."""
-    ends = [
-        utils.load_checkpoint(out / "IMAGENET-64" / name / "checkpoints" / "last.pth.tar")
-        for name in (a, b)
-    ]
-    states = [
-        end["state_dict"]
-        | {f"momentum.{i}": s["momentum_buffer"] for i, s in end["optimizer"]["state"].items()}
-        for end in ends
-    ]
-    return max(
-        (
-            (v.double() - states[1][n].double()).abs().max()
-            / v.double().abs().max().clamp(min=1e-3)
-        ).item()
-        for n, v in states[0].items()
-    )
+def difference(a: Path, b: Path) -> float:
+    """Largest difference of two runs' weights, queue, statistics and momentum buffers.
+
+    It is relative to the largest value of each tensor.
+    """
+    first, second = (read_state(folder) for folder in (a, b))
+
+    def relative(name: str) -> float:
+        value, other = first[name].double(), second[name].double()
+        return ((value - other).abs().max() / value.abs().max().clamp(min=1e-3)).item()
+
+    return max(map(relative, first))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def read_state(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = checkpoints.load(folder / "checkpoints" / "last.pth.tar")
+    moments = checkpoint["optimizer"]["state"].items()
+    return checkpoint["state_dict"] | {f"momentum.{i}": s["momentum_buffer"] for i, s in moments}
+
+
+def main(argv: list[str]) -> None:
+    parser = build_parser(__doc__)
     parser.add_argument("--device", default="cuda")
-    device = f"--device={parser.parse_args().device}"
-    gpus = torch.cuda.device_count() if device == "--device=cuda" else 0
-    print(
-        f"commit {utils.provenance()['commit']}, torch {torch.__version__}, {device}, {torch.cuda.get_device_name() if gpus else 'no GPU'}\n\n| check | measured | limit | |\n| --- | --- | --- | --- |",
-        flush=True,
-    )
-    failed = False
-
-    def check(name: str, value: float, limit: float) -> None:
-        nonlocal failed
-        failed |= not value <= limit
-        print(
-            f"| {name} | {value:.2e} | {limit:g} | {'ok' if value <= limit else 'FAILED'} |",
-            flush=True,
-        )
-
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
-        one_step = [
-            "--precision=fp32",
-            "--batch_size=2501",
-            "--num_keys=2500",
-            "--bn_groups=1",
-        ]  # more than half of the images
-        for name, flags in (("fp64", ["--precision=fp64"]), ("fp32", one_step)):
-            train(out, f"cpu-{name}", [*flags, "--device=cpu"])
-            train(out, f"gpu-{name}", [*flags, device])
-        check(
-            "float64, 20 steps, weights, queue and statistics",
-            difference(out, "cpu-fp64", "gpu-fp64"),
-            1e-6,
-        )
-        check(
-            "float32, one step from the same state", difference(out, "cpu-fp32", "gpu-fp32"), 1e-3
-        )
-        train(out, "nccl", ["--precision=fp64", device], (*TORCHRUN, "--nproc_per_node=1"))
-        check(
-            "torchrun with one process, float64, 20 steps",
-            difference(out, "gpu-fp64", "nccl"),
-            1e-6,
-        )
+    device = parser.parse_args(argv).device
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    name = torch.cuda.get_device_name() if gpus else "no GPU"
+    made_by = utils.provenance()
+    print(f"commit {made_by['commit']}, torch {made_by['torch']}, {device}, {name}\n", flush=True)
+    print_header("check", "measured", "limit", "")
+    with tempfile.TemporaryDirectory() as out:
+        checks = Checks(Path(out), f"--device={device}")
+        checks.one_device()
         if gpus > 1:
-            for name, launch in (
-                ("torchrun over two GPUs", (*TORCHRUN, "--nproc_per_node=2")),
-                ("nn.DataParallel over two GPUs", ()),
-            ):
-                train(out, "one", ["--precision=fp64", device, "--bn_groups=2"])
-                train(out, "two", ["--precision=fp64", device, "--bn_groups=2"], launch, gpus="0,1")
-                check(f"{name}, float64, 20 steps", difference(out, "one", "two"), 1e-6)
-        demo = [
-            "--crop=32",
-            "--feature_dim=128",
-            "--batch_size=64",
-            "--bn_groups=8",
-            "--num_keys=512",
-            "--lr=0.03",
-            "--cosine",
-            "--momentum=0.99",
-            "--max_epoch=9",
-        ]
-        loss = train(out, "groups", [device, *demo])["loss"]
-        check(
-            "the demo with 8 groups, precision auto: loss of the last 50 steps (chance: 6.24)",
-            statistics.fmean(loss[-50:]),
-            5.9,
-        )
-    sys.exit(failed)
+            checks.two_devices()
+        checks.demo()
+    sys.exit(checks.failed)
 
 
 if __name__ == "__main__":
-    main()
+    utils.guard(main)

@@ -1,13 +1,13 @@
-"""What several processes send, against the reference's, and what a second process gains on a CPU.
+"""What several processes send, against the reference's, and what a second one gains on a CPU.
 
-    python benchmarks/scaling.py              both tables of benchmarks/README.md (bytes are computed, times measured)
-    python benchmarks/scaling.py --bytes      the first alone
+    python benchmarks/scaling.py            both tables of benchmarks/README.md
+    python benchmarks/scaling.py --bytes    the first alone, which is computed
 
-Bytes: those that a process hands to the network in a step, each receiver counted, averaged over processes; a ring forwards as many.
-Times: train.py on the built-in data, ResNet-18 at 32 px, batch 128, alternating launches, median of the rows of log.csv.
+Bytes: those that a process hands to the network in a step, each receiver counted, averaged over
+the processes; a ring forwards as many. Times: train.py on the built-in data, ResNet-18 at 32 px,
+batch 128, alternating launches, median of the rows of log.csv.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -16,112 +16,107 @@ import tempfile
 from pathlib import Path
 
 import torchvision
+from common import build_parser, print_header, print_row, ratio
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import utils
 
+ROOT = Path(__file__).resolve().parents[1]
 C, K, LOCAL = 128, 65536, 32
-LAUNCHES = {
-    "1 process, 1 thread": ([sys.executable], 1),
-    "1 process, 2 threads": ([sys.executable], 2),
-    "2 processes, 1 thread each": (
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-        1,
-    ),
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+LAUNCHES = {  # words after python, threads
+    "1 process, 1 thread": ([], 1),
+    "1 process, 2 threads": ([], 2),
+    "2 processes, 1 thread each": (TORCHRUN, 1),
 }
+FLAGS = [
+    "--preset=demo",
+    "--overwrite",
+    "--batch_size=128",
+    "--bn_groups=2",
+    "--log_every=6",
+    "--max_epoch=1",
+    "--device=cpu",
+]
 
 
-def bytes_sent(devices: int, side: int) -> dict[str, dict[str, float]]:
-    """Bytes a step and process, by what is sent, for ResNet-50, 32 images a device, K 65536; gradients apart."""
+def bytes_of_reference(devices: int, side: int) -> dict[str, float]:
+    """Bytes a step and process, for ResNet-50, 32 images a device, K 65536; without gradients."""
     resnet = torchvision.models.resnet50(num_classes=C)
-    statistics_of_two = 2 * sum(
-        buffer.numel() * buffer.element_size() for buffer in resnet.buffers()
-    )
-    image, key, others = 3 * side * side * 4, C * 4, devices - 1
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in resnet.buffers())
+    others = devices - 1
     once = others / devices  # of a broadcast, averaged over processes
-    reference = {
-        "key views, gathered": others * LOCAL * image,
-        "permutation, broadcast": once * 8 * LOCAL * devices,
-        "keys, gathered twice": 2 * others * LOCAL * key,
-        "batch-norm buffers, broadcast": once * statistics_of_two,
-        "queue, broadcast": once * C * K * 4,
+    return {
+        "views": others * LOCAL * image_bytes(side),  # gathered
+        "keys": 2 * others * LOCAL * C * 4,  # gathered twice
+        "queue": once * C * K * 4,  # broadcast
+        "rest": once * (8 * LOCAL * devices + 2 * buffers),  # permutation, batch norm: broadcast
     }
-    ours = {
-        "key views, all-to-all": once * LOCAL * image,
-        "keys, gathered": others * LOCAL * key,
-    }  # float32, as the reference's; bf16 halves the views
-    gradients = 2 * once * 4 * sum(parameter.numel() for parameter in resnet.parameters())
-    return {"reference": reference, "ours": ours, "both": {"gradients, all-reduced": gradients}}
+
+
+def bytes_of_ours(devices: int, side: int) -> dict[str, float]:
+    """The same for ours, in float32; bf16 halves the views."""
+    once = (devices - 1) / devices
+    views = once * LOCAL * image_bytes(side)  # all-to-all
+    return {"views": views, "keys": (devices - 1) * LOCAL * C * 4}
+
+
+def bytes_of_gradients(devices: int) -> float:
+    parameters = torchvision.models.resnet50(num_classes=C).parameters()
+    return 2 * (devices - 1) / devices * 4 * sum(parameter.numel() for parameter in parameters)
+
+
+def image_bytes(side: int) -> int:
+    return 3 * side * side * 4
 
 
 def print_bytes() -> None:
-    print(
-        "| GPUs | px | reference MB | ours MB (with bf16) | ratio | of the reference's: views, keys, queue, rest | gradients MB (both) |\n"
-        + "| --- " * 7
-        + "|"
-    )
+    parts = "views, keys, queue, rest"
+    print_header("GPUs", "px", "reference", "ours (bf16)", "ratio", parts, "gradients")
     for devices in (8, 64):
         for side in (64, 224):
-            sent = bytes_sent(devices, side)
-            reference, ours = sum(sent["reference"].values()), sum(sent["ours"].values())
-            views, permutation, keys, buffers, queue = sent["reference"].values()
-            half = ours - sent["ours"]["key views, all-to-all"] / 2
-            parts = ", ".join(
-                f"{part / 1e6:.1f}" for part in (views, keys, queue, permutation + buffers)
-            )
-            print(
-                f"| {devices} | {side} | {reference / 1e6:.1f} | {ours / 1e6:.1f} ({half / 1e6:.1f}) | {reference / ours:.1f} | {parts} | {sent['both']['gradients, all-reduced'] / 1e6:.1f} |"
+            reference, ours = bytes_of_reference(devices, side), bytes_of_ours(devices, side)
+            total, own = sum(reference.values()), sum(ours.values())
+            print_row(
+                str(devices),
+                str(side),
+                f"{total / 1e6:.1f}",
+                f"{own / 1e6:.1f} ({(own - ours['views'] / 2) / 1e6:.1f})",
+                f"{total / own:.1f}",
+                ", ".join(f"{part / 1e6:.1f}" for part in reference.values()),
+                f"{bytes_of_gradients(devices) / 1e6:.1f}",
             )
 
 
 def images_per_second(launch: list[str], threads: int, out: Path) -> float:
-    flags = [
-        "--preset=demo",
-        f"--output_root={out}",
-        "--overwrite",
-        "--batch_size=128",
-        "--bn_groups=2",
-        "--log_every=6",
-        "--max_epoch=1",
-        "--device=cpu",
-    ]
-    subprocess.run(
-        [*launch, "train.py", *flags],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-    )
-    return statistics.median(
-        utils.read_csv(out / "SHAPES" / "demo" / "log.csv")["images_per_second"][1:]
-    )
+    command = [sys.executable, *launch, "train.py", *FLAGS, f"--output_root={out}"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=environment)
+    log = utils.read_csv(out / "SHAPES" / "demo" / "log.csv")
+    return statistics.median(log["images_per_second"][1:])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--bytes", action="store_true")
+def main(argv: list[str]) -> None:
+    parser = build_parser(__doc__)
+    parser.add_argument("--bytes", action="store_true", help="only the bytes")
     parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     made_by = utils.provenance()
-    print(f"commit {made_by['commit']}, torch {made_by['torch']}\n")
+    print(f"commit {made_by['commit']}, torch {made_by['torch']}\n\nMegabytes:\n")
     print_bytes()
     if args.bytes:
         return
-    measured: dict[str, list[float]] = {name: [] for name in LAUNCHES}
+    speeds: dict[str, list[float]] = {name: [] for name in LAUNCHES}
     with tempfile.TemporaryDirectory() as out:
         for _ in range(args.repeats):
             for name, (launch, threads) in LAUNCHES.items():
-                measured[name].append(images_per_second(launch, threads, Path(out)))
-    first = next(iter(measured.values()))
-    print("\n| launch | ratio to the first | images/s |\n| --- | --- | --- |")
-    for name, speeds in measured.items():
-        print(
-            f"| {name} | {statistics.median(b / a for a, b in zip(first, speeds)):.2f} | {statistics.median(speeds):,.0f} |"
-        )
+                speeds[name].append(images_per_second(launch, threads, Path(out)))
+    print()
+    print_header("launch", "ratio to the first", "images/s")
+    first = next(iter(speeds.values()))
+    for name, own in speeds.items():
+        print_row(name, f"{ratio(own, first):.2f}", f"{statistics.median(own):,.0f}")
 
 
 if __name__ == "__main__":
-    main()
+    utils.guard(main)

@@ -1,15 +1,14 @@
-"""Kill a training run with SIGKILL at random moments, resume it, and compare it bit by bit with one that was left alone.
+"""Kill runs with SIGKILL at random moments, resume them, and compare with one left alone.
 
     python benchmarks/soak.py                    20 runs, each killed once: about 10 minutes
     python benchmarks/soak.py --kills 5 --seed 1
 
-Works in output/soak (about 1 GB) and leaves result.json there. Not part of `make test`, which kills twice (tests/test_survival.py).
-The runs read PNG files with two worker processes, save every second, and last some 15 seconds from start to end; the moments are spread evenly
-over that time, so some fall into the start, the first queue, a save or the drawing of the loss. Exit status 1 if any run differs.
+Works in output/soak (about 1 GB) and leaves result.json there. The runs read PNG files with two
+worker processes, save every second, and last some 15 seconds. The moments are spread evenly over
+that time, so some fall into the start, the first queue, a save or the drawing of the loss. Exit
+status 1 if any run differs, in any bit.
 """
 
-import argparse
-import json
 import random
 import shutil
 import subprocess
@@ -18,14 +17,16 @@ import time
 from pathlib import Path
 
 import torch
+from common import build_parser
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import dataloader
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import utils
+from data.shapes import CLASSES, make_shapes
+from run import checkpoints
 
-RUN = [
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = [
     "--arch=resnet18",
     "--crop=16",
     "--resize=16",
@@ -42,137 +43,131 @@ RUN = [
     "--precision=fp32",
     "--resume",
 ]
+SAME = ("step", "epoch", "loss", "contrast_top1", "lr")  # columns of the log: all but speed
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def write_images(folder: Path, n: int = 600) -> None:
+    images, labels = make_shapes(n, seed=3)
+    for i, (image, label) in enumerate(zip(images.transpose(0, 2, 3, 1), labels, strict=True)):
+        path = folder / CLASSES[label] / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+
+
+class Soak:
+    """Runs of train.py below a folder."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def folder(self, name: str) -> Path:
+        return self.out / "SOAK" / name
+
+    def run(self, name: str, kill_after: float | None = None) -> float | None:
+        """Seconds that a run took, None if it was killed; UserError if it failed."""
+        places = [f"--dataset_root={self.out / 'data'}", f"--output_root={self.out}"]
+        names = ["--dataset_name=SOAK", f"--exp_version={name}"]
+        began = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, "train.py", *places, *names, *FLAGS],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            _, err = process.communicate(timeout=kill_after)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            return None
+        if process.returncode:
+            raise utils.UserError(f"train.py ended with status {process.returncode}: {err}")
+        return time.monotonic() - began
+
+    def kill_and_resume(self, kill_after: float) -> dict[str, object]:
+        """One run that is killed and resumed: when, what it left behind, and what differs."""
+        self.run("killed", kill_after)
+        folder = self.folder("killed")
+        last = folder / "checkpoints" / "last.pth.tar"
+        row = {
+            "killed_after_s": round(kill_after, 2),
+            "saved_step": checkpoints.load(last)["step"] if last.exists() else None,
+            "half_a_file": any(folder.rglob("*.tmp")),
+        }
+        self.run("killed")
+        row["differences"] = self.differences("killed")
+        shutil.rmtree(folder)
+        return row
+
+    def differences(self, name: str) -> list[str]:
+        """Where a run is not the undisturbed one: checkpoints, bit by bit, and the log."""
+        whole, other = self.folder("whole"), self.folder(name)
+        found = []
+        for path in sorted((whole / "checkpoints").iterdir()):
+            a, b = (read_state(folder / "checkpoints" / path.name) for folder in (whole, other))
+            differ = [key for key in a.keys() | b.keys() if not same(a.get(key), b.get(key))]
+            found += [f"{path.name}: {key}" for key in differ]
+        a, b = (utils.read_csv(folder / "log.csv") for folder in (whole, other))
+        found += [f"log.csv: {column}" for column in SAME if a[column] != b[column]]
+        found += [f"left: {path.name}" for path in other.rglob("*.tmp")]
+        Image.open(other / "loss.png").verify()
+        return found
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor | int]:
+    checkpoint = checkpoints.load(path)
+    moments = checkpoint["optimizer"]["state"].items()
+    return {
+        "step": checkpoint["step"],
+        **checkpoint["state_dict"],
+        **{f"momentum.{i}": state["momentum_buffer"] for i, state in moments},
+    }
+
+
+def same(a: torch.Tensor | int | None, b: torch.Tensor | int | None) -> bool:
+    if a is None or b is None:
+        return False
+    return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
+def main(argv: list[str]) -> None:
+    parser = build_parser(__doc__)
     parser.add_argument("--kills", type=int, default=20, help="runs, each killed once")
-    parser.add_argument(
-        "--minutes", type=float, default=40, help="start no further run after this time"
-    )
+    parser.add_argument("--minutes", type=float, default=40, help="no further run after these")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of the moments")
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "soak")
-    args = parser.parse_args()
-    moments, began = random.Random(args.seed), time.monotonic()
-    shutil.rmtree(args.out, ignore_errors=True)
-    write_images(args.out / "data")
-    run(args.out, "whole")
-    lasted = min(
-        run(args.out, f"again{i}") for i in range(2)
-    )  # that two such runs are the same is the condition for all else
-    assert differences(args.out, "again0") == differences(args.out, "again1") == []
+    args = parser.parse_args(argv)
+    moments, began, soak = random.Random(args.seed), time.monotonic(), Soak(args.out.resolve())
+    shutil.rmtree(soak.out, ignore_errors=True)
+    write_images(soak.out / "data")
+    soak.run("whole")
+    lasted = soak.run("again")
+    if soak.differences("again"):
+        raise utils.UserError("two runs that were left alone differ: nothing can be compared")
 
     rows = []
     for number in range(1, args.kills + 1):
         if time.monotonic() - began < 60 * args.minutes:
-            at = moments.uniform(0, lasted)
-            run(args.out, "killed", kill_after=at)
-            rows.append(
-                {
-                    "run": number,
-                    "killed_after_s": round(at, 2),
-                    **left_behind(args.out / "SOAK" / "killed"),
-                }
-            )
-            run(args.out, "killed")
-            rows[-1]["differences"] = differences(args.out, "killed")
+            rows.append({"run": number, **soak.kill_and_resume(moments.uniform(0, lasted))})
             print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
-            shutil.rmtree(args.out / "SOAK" / "killed")
-    same = sum(not row["differences"] for row in rows)
+    identical = sum(not row["differences"] for row in rows)
     result = {
         "seed": args.seed,
         "undisturbed_s": round(lasted, 1),
-        "identical": same,
+        "identical": identical,
         "of": len(rows),
         "runs": rows,
         "seconds": round(time.monotonic() - began),
         **utils.provenance(),
     }
-    utils.write_json(args.out / "result.json", result)
+    utils.write_json(soak.out / "result.json", result)
     print(
-        f"{same} of {len(rows)} runs that were killed end bit-identical to the one that was not "
-        f"({utils.duration(result['seconds'])}, commit {result['commit']}, seed {args.seed})"
+        f"{identical} of {len(rows)} runs that were killed end bit-identical to the one that was "
+        f"not ({utils.duration(result['seconds'])}, commit {result['commit']}, seed {args.seed})"
     )
-    sys.exit(same < len(rows))
-
-
-def write_images(folder: Path, n: int = 600) -> None:
-    images, labels = dataloader.make_shapes(n, seed=3)
-    for i, (image, label) in enumerate(zip(images.transpose(0, 2, 3, 1), labels)):
-        path = folder / dataloader.SHAPE_CLASSES[label] / f"{i:03}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
-
-
-def run(out: Path, name: str, kill_after: float | None = None) -> float | None:
-    """Seconds that train.py took; None if it was killed. It ends the program if train.py fails."""
-    command = [
-        sys.executable,
-        "train.py",
-        f"--dataset_root={out / 'data'}",
-        f"--output_root={out}",
-        "--dataset_name=SOAK",
-        f"--exp_version={name}",
-        *RUN,
-    ]
-    began = time.monotonic()
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        _, err = process.communicate(timeout=kill_after)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        return None
-    if process.returncode:
-        sys.exit(f"train.py ended with status {process.returncode}: {err}")
-    return time.monotonic() - began
-
-
-def left_behind(folder: Path) -> dict[str, object]:
-    """What a killed run left: the step of its last checkpoint, and whether it was killed in the midst of writing a file."""
-    last = folder / "checkpoints" / "last.pth.tar"
-    return {
-        "saved_step": utils.load_checkpoint(last)["step"] if last.exists() else None,
-        "half_a_file": any(folder.rglob("*.tmp")),
-    }
-
-
-def differences(out: Path, name: str) -> list[str]:
-    """Where a run is not the undisturbed one: every checkpoint, bit by bit, and the log but for the speed."""
-    whole, other = out / "SOAK" / "whole", out / "SOAK" / name
-    found = []
-    for path in sorted((whole / "checkpoints").iterdir()):
-        a, b = (
-            utils.load_checkpoint(folder / "checkpoints" / path.name) for folder in (whole, other)
-        )
-        a, b = (
-            {
-                "step": c["step"],
-                **c["state_dict"],
-                **{
-                    f"momentum.{i}": s["momentum_buffer"]
-                    for i, s in c["optimizer"]["state"].items()
-                },
-            }
-            for c in (a, b)
-        )
-        found += [
-            f"{path.name}: {key}"
-            for key in a.keys() | b.keys()
-            if not torch.equal(torch.as_tensor(a.get(key)), torch.as_tensor(b.get(key)))
-        ]
-    logs = [utils.read_csv(folder / "log.csv") for folder in (whole, other)]
-    found += [
-        f"log.csv: {name}"
-        for name in ("step", "epoch", "loss", "contrast_top1", "lr")
-        if logs[0][name] != logs[1][name]
-    ]
-    found += [f"left: {path.name}" for path in other.rglob("*.tmp")]
-    Image.open(other / "loss.png").verify()
-    return found
+    sys.exit(identical < len(rows))
 
 
 if __name__ == "__main__":
-    main()
+    utils.guard(main)

@@ -1,8 +1,9 @@
-"""One process of a launch on several, with the environment that torchrun gives it; started by test_parallel.py.
+"""One process of several, in the environment that torchrun gives; started by launches.py.
 
-    RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost python tests/ranks.py '[[PORT, "train", FLAG, ...], ...]'
+    RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost python tests/ranks.py '[[PORT, "train", FLAG], ...]'
 
-Runs the scripts one after the other, each with a process group of its own, and prints how often each collective was called.
+Runs the scripts one after the other, each with a process group of its own, and prints how
+often each collective was called.
 """
 
 import json

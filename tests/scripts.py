@@ -1,4 +1,4 @@
-"""Run the scripts as the command line does, in this process: the same flags, output, errors and exit status, without a start of PyTorch each."""
+"""Run the scripts as the command line does, but in this process: PyTorch starts only once."""
 
 import contextlib
 import importlib.util
@@ -23,18 +23,18 @@ class Done:
 
 
 def run(script: str, *flags: object) -> Done:
-    """`python SCRIPT.py FLAGS` (script: its name, with or without .py); the signal handlers are put back."""
+    """`python SCRIPT.py FLAGS`, script with or without .py; signal handlers are put back."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv, handlers = sys.argv, [signal.getsignal(number) for number in SIGNALS]
     sys.argv = [script, *map(str, flags)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            utils.main_guard(script_module(script).main)
+            utils.guard(script_module(script).main)
     except SystemExit as stop:
         code = stop.code
     finally:
         sys.argv = argv
-        for number, handler in zip(SIGNALS, handlers):
+        for number, handler in zip(SIGNALS, handlers, strict=True):
             signal.signal(number, handler)
     return Done(code or 0, out.getvalue(), err.getvalue())
 

@@ -1,0 +1,1 @@
+"""Data sets: a reader for each format, and the packed store."""

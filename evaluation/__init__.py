@@ -1,0 +1,1 @@
+"""How good is an encoder: kNN and linear classifiers on its features."""

@@ -1,0 +1,113 @@
+"""The encoder that is evaluated."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import config
+import encoders
+import run.checkpoints
+import run.folder
+import utils
+from config import TestSettings, TrainSettings
+
+
+@dataclass
+class Subject:
+    """An encoder to evaluate, and where its results go: the folder `home`/`stem`."""
+
+    encoder: nn.Module  # without head
+    home: Path
+    stem: str
+    crop: int
+    found: str  # what the file holds, where that is news
+    settings: TrainSettings  # of its training; train.py's defaults where they are not known
+    # for result.json: encoder, arch, checkpoint, epoch, step, first_weights
+    record: dict[str, Any]
+
+
+def load_subject(settings: TestSettings) -> Subject:
+    """The encoder that the settings name: of a run, of a file (--pretrained), or an untrained one.
+
+    Raises UserError if it does not exist or does not fit, or if flags contradict each other.
+    """
+    path, home = find_file(settings)
+    untrained, foreign = settings.encoder == "random", settings.pretrained is not None
+    loaded = encoders.load(path, settings.arch) if path else None
+    known = loaded.settings if loaded else None
+    training = known or guess_settings(settings, path)
+    if loaded:
+        training = replace(training, arch=loaded.arch)
+    crop = training.crop if settings.crop == "auto" else settings.crop
+    found, checkpoint = "", {}
+    if untrained:
+        encoder, stem = untrained_encoder(training), "random"
+    else:
+        encoder, checkpoint = loaded.encoder, loaded.checkpoint
+        stem = name_result(path, checkpoint, training.batch_size, foreign)
+        if not known:
+            guess = f"crop {crop} px, ImageNet's mean and deviation"
+            found = f"{loaded.description}; it does not say its settings: {guess}"
+        elif foreign:
+            found = loaded.description
+    first = {name: getattr(training, name) for name in ("seed", "feature_dim", "mlp", "small_stem")}
+    record = {
+        "encoder": settings.encoder,
+        "arch": training.arch,
+        "checkpoint": None if untrained else str(path),
+        "epoch": checkpoint.get("epoch"),
+        "step": checkpoint.get("step"),
+        "first_weights": first if known or untrained else None,
+    }
+    return Subject(encoder, home, stem, crop, found, training, record)
+
+
+def find_file(settings: TestSettings) -> tuple[Path | None, Path]:
+    """The file of weights, and the folder for results; no file for an encoder without a run."""
+    output, epoch = settings.encoder_output_root, settings.load_pretrained_epoch
+    given = {
+        f"--pretrained {settings.pretrained!r}": settings.pretrained is not None,
+        "--encoder random": settings.encoder == "random",
+        f"--load_pretrained_epoch {epoch}": epoch is not None,
+    }
+    if sum(given.values()) > 1:
+        flags = " and ".join(flag for flag, is_given in given.items() if is_given)
+        raise utils.UserError(f"{flags} contradict each other: give one")
+    if settings.pretrained is not None:
+        return Path(settings.pretrained), Path(output) / "eval"
+    folder = run.folder.path_of(output, settings.encoder_dataset_name, settings.encoder_exp_version)
+    if settings.encoder == "random" and not any(folder.glob("checkpoints/*.pth.tar")):
+        return None, folder / "eval"
+    return run.checkpoints.path_of(folder, epoch), folder / "eval"
+
+
+def guess_settings(settings: TestSettings, path: Path | None) -> TrainSettings:
+    """The training's settings where no file says them: train.py's defaults.
+
+    Files from elsewhere are of ImageNet at 224 px.
+    """
+    if path is not None:
+        return config.from_values(TrainSettings, {"crop": 224})
+    arch = {} if settings.arch == "auto" else {"arch": settings.arch}
+    return config.from_values(TrainSettings, {"seed": settings.seed, **arch})
+
+
+def untrained_encoder(settings: TrainSettings) -> nn.Module:
+    """The encoder that a run with these settings started from, without head."""
+    encoder = encoders.build_untrained(
+        settings.arch, settings.seed, settings.feature_dim, settings.mlp, settings.small_stem
+    )
+    return encoders.remove_head(encoder)
+
+
+def name_result(path: Path, checkpoint: dict[str, Any], batch_size: int, foreign: bool) -> str:
+    """epoch_0100, or step_012345 of a checkpoint between two epochs; the name of a foreign file."""
+    epoch, step, images = (checkpoint.get(name) for name in ("epoch", "step", "images"))
+    if foreign or epoch is None:
+        return re.sub(r"(\.(pth|pt|tar))+$", "", path.name)
+    if step and images and step % max(1, images // batch_size):
+        return f"step_{step:06d}"
+    return f"epoch_{epoch:04d}"

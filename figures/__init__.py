@@ -1,0 +1,1 @@
+"""Every figure is a function: plain data in, a matplotlib Figure out."""

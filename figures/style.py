@@ -1,0 +1,108 @@
+"""What the figures share: colours, axes, tiles of pixels, and how a figure becomes a file."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+import utils
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart. M0 to M3 keep theirs.
+COLOURS = {"M0": "#CC79A7", "M1": "#E69F00", "M2": "#009E73", "M3": "#0072B2"}
+OTHER_COLOURS = ["#D55E00", "#56B4E9", "#000000", "#999933", "#882255"]
+GREY = "0.45"
+
+
+def save(path: Path, figure: Figure, dpi: int = 200) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    utils.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+
+
+def colour_of(version: str, versions: Iterable[str]) -> str:
+    """The colour of a version: M0 to M3 have their own, the others share the rest in order."""
+    if version in COLOURS:
+        return COLOURS[version]
+    others = [name for name in versions if name not in COLOURS]
+    return OTHER_COLOURS[others.index(version) % len(OTHER_COLOURS)]
+
+
+def tidy(axes: Axes, ticks: int = 8) -> None:
+    """Axes of curves: a pale grid, no box, at most about so many whole numbers below."""
+    steps = [1, 2, 4, 5, 10] if ticks <= 4 else [1, 2, 5, 10]
+    axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, steps=steps))
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def legend_below(figure: Figure, panels: Iterable[Axes], ncols: int, title: str = "") -> None:
+    """A legend of the panels below them, in which an entry that several panels have stands once."""
+    entries = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    if entries:
+        figure.legend(
+            entries.values(),
+            entries.keys(),
+            loc="outside lower center",
+            ncols=ncols,
+            frameon=False,
+            title=title,
+        )
+
+
+# ---------------------------------------------------------------------------------- tiles
+
+
+def tile(axes: Axes, pixels: np.ndarray, x: float, y: float, aspect: float = 1.0) -> None:
+    """Draw uint8 (1 or 3, S, S) into the unit square right of and below (x, y).
+
+    An image whose width is not its height (`aspect`: width / height) is fitted into the square.
+    """
+    width, height = min(1.0, aspect), min(1.0, 1 / aspect)
+    left, top = x + (1 - width) / 2, y + (1 - height) / 2
+    rgb = np.broadcast_to(pixels.transpose(1, 2, 0), (*pixels.shape[1:], 3))
+    axes.imshow(rgb, extent=(left, left + width, top + height, top))
+
+
+def place_tiles(axes: Axes, xlim: tuple[float, float], ylim: tuple[float, float]) -> None:
+    """Axes that hold tiles and nothing else: no frame, no ticks; names of columns stand above."""
+    axes.set(xlim=xlim, ylim=ylim, xticks=[], yticks=[], aspect="equal")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+
+
+def thumbnails(images: Tensor, side: int) -> np.ndarray:
+    """Images uint8 (n, C, S, S), scaled down to `side` px if they are larger."""
+    if images.shape[-1] > side:
+        images = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
+    return images.contiguous().numpy()
+
+
+def choose_images(labels: Tensor, count: int, random: torch.Generator) -> Tensor:
+    """Rows of `count` random images in the order of their classes, as different as possible."""
+    order = torch.randperm(len(labels), generator=random).tolist()
+    seen, first, more = set(), [], []
+    for row in order:
+        label = int(labels[row])
+        (more if label in seen else first).append(row)
+        seen.add(label)
+    chosen = (first + more)[:count]
+    return torch.tensor(sorted(chosen, key=lambda row: int(labels[row])), dtype=torch.long)
+
+
+def class_names(classes: Sequence[str], labels: Tensor) -> np.ndarray:
+    """The names of labels (n,), "" for -1, as text that np.savez stores without pickle."""
+    names = [classes[label] if label >= 0 else "" for label in labels.tolist()]
+    return np.array(names, dtype=np.str_)
+
+
+def shorten(name: str, length: int) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"

@@ -1,0 +1,1 @@
+"""What surrounds the training: a run's folder, checkpoints, log, meters, signals, flags."""

@@ -1,0 +1,86 @@
+"""What a run computes on and in: device, precision, compiled encoders."""
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+from utils import UserError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device named, or for `auto` the first of cuda, mps and cpu that is there.
+
+    Raises UserError if the device is not known, or not there.
+    """
+    gpus, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps") or (device.type == "cpu" and device.index):
+        raise UserError(f"--device {name!r} is not known: use auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        seen = f"PyTorch sees {gpus} CUDA devices"
+        raise UserError(f"--device {name!r} is not available, {seen}: use another, or cpu")
+    if device.type == "mps" and not has_mps:
+        raise UserError("--device 'mps' is not available on this machine: use cpu")
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """`fp32`, `bf16` or `fp64`; `auto` is bf16 where the hardware computes in it, else fp32.
+
+    Emulation does not count. Raises UserError for float64 on mps, which has none.
+    """
+    if name == "fp64" and device.type == "mps":
+        raise UserError("--precision fp64 does not exist on mps: use fp32")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bf16" if device.type == "cpu" and has_bf16() else "fp32"
+
+
+def precision_dtype(precision: str) -> torch.dtype:
+    """The type of weights and views: float64 for fp64, else float32 (bf16 is autocast's)."""
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """The context in which encoders run forward."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type in which autocast computes on a device here and now; None if it is off."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
+def compile_encoder(encoder: nn.Module, example: Tensor, precision: str) -> str | None:
+    """Let torch.compile make an encoder's kernels, and try them on an example (N, 3, H, W).
+
+    Names and weights stay. Returns None, or why it failed; then the encoder runs as before.
+    """
+    state = {name: value.clone() for name, value in encoder.state_dict().items()}
+    trained = any(parameter.requires_grad for parameter in encoder.parameters())
+    encoder.compile(dynamic=False)
+    try:
+        with torch.set_grad_enabled(trained):
+            with autocast(precision, example.device):
+                out = encoder(example)
+            if trained:
+                out.float().sum().backward()
+        reason = None
+    except Exception as error:  # a missing compiler, a kernel that cannot be made: there are many
+        encoder._compiled_call_impl = None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    encoder.zero_grad(set_to_none=True)
+    encoder.load_state_dict(state)
+    return reason

@@ -1,0 +1,145 @@
+"""Turns a settings class into argparse flags: its fields are the flags, their types the values."""
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+from utils import UserError
+
+Auto = Literal["auto"]
+
+
+def flag(
+    group: str,
+    help: str,
+    low: float = 0,
+    high: float = math.inf,
+    trait: str = "",
+    count: int | None = None,
+) -> Any:
+    """A field of a settings class and the flag of the same name, under a heading of --help.
+
+    The field's type says what the flag takes: numbers from `low` to `high`, or text; a word of a
+    Literal; with `| None` also the word null; a list takes `count` of them, or any number; a bool
+    is --name or --no-name.
+    """
+    metadata = {"group": group, "help": help, "low": low, "high": high, "trait": trait}
+    return dataclasses.field(metadata={**metadata, "count": count})
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a flag takes; as argparse's `type` it turns text into the value."""
+
+    type: type  # bool, int, float or str
+    low: float
+    high: float
+    choices: tuple[str, ...]
+    word: str | None  # auto stays as it is, null becomes None
+    many: bool
+    count: int | None  # of a list, if that is fixed
+
+    @classmethod
+    def of(cls, field: dataclasses.Field) -> "Value":
+        parts = [field.type]
+        if typing.get_origin(field.type) in (typing.Union, types.UnionType):
+            parts = list(typing.get_args(field.type))
+        type_, many = parts[0], typing.get_origin(parts[0]) is list
+        if many:
+            (type_,) = typing.get_args(type_)
+        choices = typing.get_args(type_) if typing.get_origin(type_) is Literal else ()
+        word = "auto" if Auto in parts[1:] else "null" if type(None) in parts else None
+        type_, word = str if choices else type_, None if many else word
+        low, high, count = (field.metadata[name] for name in ("low", "high", "count"))
+        return cls(type_, low, high, choices, word, many, count)
+
+    def __call__(self, text: str) -> int | float | str | None:
+        if text == self.word:
+            return None if text == "null" else text
+        if self.type is str and text:
+            return text
+        with contextlib.suppress(ValueError):
+            value = float(text)
+            whole = value.is_integer() or self.type is float
+            if self.low <= value <= self.high and whole and math.isfinite(value):
+                return self.type(value)
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid: it must be {self}")
+
+    def __str__(self) -> str:
+        name = {int: "a whole number", float: "a number", str: "text"}[self.type]
+        if self.type is not str:
+            bound = f"to {self.high:g}" if self.high < math.inf else "up"
+            name += f" from {self.low:g} {bound}"
+        return name + (f", or {self.word}" if self.word else "")
+
+    def options(self, name: str) -> dict[str, Any]:
+        """The options of argparse's add_argument."""
+        if self.type is bool:
+            return {"action": argparse.BooleanOptionalAction}
+        options = {"type": self, "nargs": (self.count or "+") if self.many else None}
+        return options | ({"choices": self.choices} if self.choices else {"metavar": name.upper()})
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is a UserError, and a flag is never abbreviated."""
+
+    def __init__(self, description: str | None) -> None:
+        plain = argparse.RawDescriptionHelpFormatter
+        usage = "%(prog)s [flags]"
+        super().__init__(
+            usage=usage, description=description, formatter_class=plain, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')} (see --help)")
+
+
+def add_flags(parser: Parser, cls: type, defaults: Mapping[str, Any]) -> None:
+    """Add a flag for each field of a settings class, with its default in the help.
+
+    What has no default must be given: text by its place, all else by its flag.
+    """
+    fields = dataclasses.fields(cls)
+    titles = dict.fromkeys(field.metadata["group"] for field in fields)
+    groups = {title: parser.add_argument_group(title) for title in titles}
+    for field in fields:
+        group, help = groups[field.metadata["group"]], field.metadata["help"].replace("%", "%%")
+        options = Value.of(field).options(field.name)
+        if field.name in defaults:
+            help += f" (default: {show(defaults[field.name])})"
+            group.add_argument(f"--{field.name}", help=help, **options)
+        elif field.type is str:
+            group.add_argument(field.name, metavar=field.name.upper(), help=help)
+        else:
+            group.add_argument(f"--{field.name}", help=help, required=True, **options)
+
+
+def to_words(cls: type, values: Mapping[str, Any]) -> list[str]:
+    """Values as words of a command line: the parser checks them, wherever they come from."""
+    words = []
+    for field in dataclasses.fields(cls):
+        name, takes = field.name, Value.of(field)
+        if name not in values:
+            continue
+        value = values[name]
+        if takes.type is bool and not isinstance(value, bool):
+            raise UserError(f"--{name}: {value!r} is not valid: it must be true or false")
+        if takes.type is bool:
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif not takes.many:
+            words.append(f"--{name}={'null' if value is None else value}")
+        elif value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def show(value: Any) -> str:
+    """A value as on the command line."""
+    value = "null" if value is None else value
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,71 @@
+"""log.csv, and other text files that grow by lines while a run goes on."""
+
+import math
+import os
+from pathlib import Path
+
+from utils import UserError, read_csv, warn, write_csv
+
+COLUMNS = ["step", "epoch", "loss", "contrast_top1", "lr", "images_per_second"]
+COLUMNS += ["data_wait_percent", "peak_memory_mb"]
+COLUMNS += ["alignment", "uniformity", "effective_rank", "knn_top1"]
+
+
+class Lines:
+    """A text file that grows by lines, each of which waits until it can be written.
+
+    `lines` were there before, without half a line, of a crash. UserError if it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            content = path.read_bytes() if path.exists() else b""
+        except OSError as error:
+            reason = f"{str(path)!r} cannot be read: {error.strerror}"
+            raise UserError(f"{reason}: move it away") from None
+        whole = content[: content.rfind(b"\n") + 1]
+        self.path, self.lines = path, os.fsdecode(whole).split("\n")[:-1]
+        self._size, self._waiting = len(whole), []
+
+    def append(self, line: str) -> None:
+        """Write a line, or warn, once, that it must wait."""
+        self._waiting.append(line)
+        try:
+            self.flush()
+        except UserError as error:
+            if len(self._waiting) == 1:
+                warn(f"{error}: its lines wait for the next try")
+
+    def flush(self, to_disk: bool = False) -> None:
+        """Write what waits, to outlive a power cut if `to_disk`; UserError if that fails."""
+        data = b"".join(os.fsencode(line) + b"\n" for line in self._waiting)
+        try:
+            with open(self.path, "ab") as file:
+                start = min(self._size, file.tell())
+                file.truncate(start)  # half a line, of a try that failed
+                file.write(data)
+                file.flush()
+                if to_disk:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"{str(self.path)!r} cannot be written: {error.strerror}") from None
+        self._size, self._waiting = start + len(data), []
+
+
+class Log(Lines):
+    """log.csv, with a row every `log_every` steps. Rows after `step`, of a resumed run, go."""
+
+    def __init__(self, path: Path, columns: list[str], step: int) -> None:
+        self.columns, old = columns, {"step": []}
+        if step and path.exists() and path.stat().st_size:
+            old = read_csv(path, ["step", "loss"])
+        if step and not old["step"]:
+            warn(f"{str(path)!r} is gone: its rows up to step {step} are lost")
+        missing = [math.nan] * len(old["step"])  # of a column that is newer than the run
+        rows = zip(*(old.get(name, missing) for name in columns), strict=True)
+        kept = [row for row in rows if row[columns.index("step")] <= step]
+        write_csv(path, columns, [[f"{value:.10g}" for value in row] for row in kept])
+        super().__init__(path)
+
+    def add(self, row: dict[str, float]) -> None:
+        self.append(",".join(f"{row[name]:.10g}" for name in self.columns))

@@ -1,0 +1,148 @@
+"""Before a run starts: check what its flags mean together, and tell the user what will run."""
+
+import dataclasses
+import importlib.util
+import math
+import zlib
+from pathlib import Path
+
+import config
+import dataloader
+import encoders
+from config import TrainSettings
+from data.base import Dataset
+from parallel import Launch
+from run import compute, splits
+from utils import UserError, provenance, say, warn
+
+
+def resolve(settings: TrainSettings, launch: Launch, checkpoint: dict | None) -> Dataset:
+    """Open the data, resolve every `auto`, and check what the flags mean together.
+
+    Errors come before any work: UserError. A resumed run keeps what `auto` chose when it began.
+    """
+    if settings.dataset_root is None:
+        raise UserError("--dataset_root is missing: give a folder of images, or the word shapes")
+    if settings.download and launch.processes > 1:
+        raise UserError("--download is for one process: fetch the data with plain python first")
+    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs a package: pip install tensorboard")
+    if settings.compile and launch.devices > launch.processes:
+        raise UserError("--compile does not work with nn.DataParallel: use torchrun")
+    if settings.knn_root is not None and not settings.knn_every:
+        raise UserError(f"--knn_root {settings.knn_root!r} needs --knn_every: give it, too")
+    encoders.check_arch(settings.arch)
+    for name in ("bn_groups", "precision"):
+        if checkpoint is not None and getattr(settings, name) == "auto":
+            setattr(settings, name, checkpoint.get("config", {}).get(name, "auto"))
+    settings.device = launch.device.type
+    settings.precision = compute.pick_precision(settings.precision, launch.device)
+    settings.bn_groups = splits.resolve_bn_groups(settings.bn_groups, settings.batch_size, launch)
+    smallest, largest = settings.crop_scale
+    if not 0 < smallest <= largest:
+        raise UserError(f"--crop_scale {smallest} {largest} must rise from above 0, as 0.2 1 does")
+    dataset = dataloader.open_dataset(
+        settings.dataset_root,
+        "pretrain",
+        fit="square",
+        resize=settings.resize,
+        crop=settings.crop,
+        download=settings.download,
+    )
+    settings.resize = dataset.resize
+    check_sizes(settings, dataset)
+    return dataset
+
+
+def check_sizes(settings: TrainSettings, dataset: Dataset) -> None:
+    images = len(dataset)
+    if settings.num_keys > images:
+        raise UserError(
+            f"--num_keys {settings.num_keys} is larger than the data set ({images} images), so "
+            f"every image would meet itself as a negative: use at most {images}"
+        )
+    if settings.batch_size > images:
+        raise UserError(
+            f"--batch_size {settings.batch_size} is larger than the data set ({images} images)"
+        )
+    if settings.pixel_boxes and dataset.native != settings.resize:
+        raise UserError(
+            "--pixel_boxes needs a data set of one size kept at that size, not "
+            f"{dataset.name} at --resize {settings.resize}: leave it out"
+        )
+    if settings.shuffle_bn and settings.bn_groups == 1:
+        warn("--shuffle_bn has no effect with one batch-norm group (--bn_groups 1)")
+
+
+def announce(
+    settings: TrainSettings,
+    folder: Path,
+    dataset: Dataset,
+    launch: Launch,
+    checkpoint: dict | None,
+) -> None:
+    made_by = provenance()
+    commit = f"{made_by['commit']}{' (changed)' if made_by['changed'] else ''}"
+    say(f"MoCo, commit {commit}, torch {made_by['torch']}, {launch.name}, {settings.precision}")
+    say(config.describe(settings, "configuration"))
+    say(
+        f"data: {len(dataset):,} images ({dataset.name}), stored at {dataset.resize} px, views of "
+        f"{settings.crop} px; chance loss log(K+1) = {math.log(settings.num_keys + 1):.2f}"
+    )
+    if launch.note:
+        say(f"note: {launch.note}")
+    if checkpoint is not None:
+        say(f"resumed after step {checkpoint['step']}")
+    elif settings.resume:
+        say("nothing to resume: a fresh start")
+    say(f"run: {folder}")
+
+
+def advise(settings: TrainSettings, images: int) -> None:
+    """Warn of a queue or a momentum that do not suit the size of the data set."""
+    share = settings.num_keys / images
+    if share > 1 / 4:
+        warn(
+            f"--num_keys {settings.num_keys} is {100 * share:.0f} % of the {images} images, so "
+            "many of a query's negatives are its own image: "
+            f"try {2 ** max(0, math.floor(math.log2(images / 8)))}"
+        )
+    steps = settings.max_epoch * (images // settings.batch_size)
+
+    def moves(m: float) -> bool:  # the key encoder leaves its start behind
+        return round(steps * (1 - m), 6) >= 5
+
+    if not moves(settings.momentum):
+        fitting = [m for m in (0.999, 0.996, 0.99, 0.97, 0.9) if moves(m)]
+        remedy = f"try {fitting[0]}, or more epochs" if fitting else "give it more epochs"
+        warn(
+            f"with --momentum {settings.momentum:g} the key encoder moves by "
+            f"{1 - settings.momentum:.2g} of the way to the query encoder in a step, and there "
+            f"are {steps} steps: {remedy}"
+        )
+
+
+def compare_processes(
+    settings: TrainSettings,
+    launch: Launch,
+    dataset: Dataset,
+    step: int,
+    monitor_images: int,
+) -> None:
+    """UserError unless all processes see the same checkpoint, settings and numbers of images."""
+    local = config.names_with(TrainSettings, config.PER_MACHINE)
+    shared = {n: v for n, v in dataclasses.asdict(settings).items() if n not in local}
+    seen = {
+        "checkpoint (its step is": step,
+        "settings (their checksum is": zlib.crc32(repr(sorted(shared.items())).encode()),
+        "data set (its images are": len(dataset),
+        "labelled images for --knn_every (they are": monitor_images,
+    }
+    for name, value in seen.items():
+        lowest, highest = launch.largest([-value, value])
+        if -lowest != highest:
+            raise UserError(
+                f"the processes do not see the same {name} {value} here, from {-lowest} to "
+                f"{highest} over all): give all machines the same flags and hardware, and "
+                "--output_root and --dataset_root on file systems that they share"
+            )

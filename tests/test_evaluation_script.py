@@ -1,0 +1,209 @@
+"""test.py on a miniature run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation_data import ROOT, class_folders, fabricated_run, one_line
+from scripts import run
+
+import config
+import model
+import utils
+from evaluation.subject import load_subject
+from run import checkpoints, compute
+
+FAST = ["--linear_epochs=3", "--linear_lrs", "0.01", "0.1", "--trials=2", "--knn_k=5"]
+FAST += ["--num_workers=0", "--device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data/ and other/ (the same with other images), and a run IMAGENET-64/v1 of two epochs."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    class_folders(folder / "data", seed=0)
+    class_folders(folder / "other", seed=1)
+    fabricated_run(folder / "output", "v1", epochs=(1, 2))
+    return folder
+
+
+def flags_of(place: Path, output: str = "output", data: str = "data") -> list[str]:
+    return [f"--encoder_output_root={place / output}", f"--dataset_root={place / data}", *FAST]
+
+
+def test_results_of_a_run(place: Path) -> None:
+    home = place / "output" / "IMAGENET-64" / "v1" / "eval"
+    done = run("test", *flags_of(place), "--load_pretrained_epoch=1")
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (home / "epoch_0001").iterdir()) == [
+        "accuracy.csv",
+        "accuracy.png",
+        "confusion.csv",
+        "confusion.png",
+        "linear.pth.tar",
+        "result.json",
+    ]
+    before = (home / "epoch_0001" / "result.json").read_text()
+    result = json.loads(before)
+    expected = {"epoch": 1, "protocol": "cached", "dataset": "data", "crop": 16, "knn_k": 5}
+    expected |= {"train_images": 24, "test_images": 12}
+    assert {name: result[name] for name in expected} == expected
+    assert result["checkpoint"].endswith("epoch_0001.pth.tar") and result["provenance"]["torch"]
+    table = utils.read_csv(home / "epoch_0001" / "accuracy.csv")
+    assert list(table) == ["epoch", "trial", "top1"] and table["epoch"] == [1, 2, 3] * 2
+    assert table["trial"] == [1] * 3 + [2] * 3
+    assert [table["top1"][2], table["top1"][5]] == pytest.approx(result["trials"], abs=1e-3)
+    linear = torch.load(home / "epoch_0001" / "linear.pth.tar", weights_only=True)
+    assert linear["weight"].shape == (2, 3, 512) and linear["bias"].shape == (2, 3)
+    for name in ("linear_top1", "knn_top1"):
+        assert f"{result[name]:.2f}" in done.stdout
+
+    # another data set goes elsewhere; the last checkpoint is the default
+    other = flags_of(place, data="other")
+    assert run("test", *other, "--load_pretrained_epoch=1").returncode == 0
+    assert (home / "epoch_0001-other-cached" / "result.json").exists()
+    assert run("test", *flags_of(place), "--encoder", "random").returncode == 0
+    assert "untrained  " in run("test", *flags_of(place)).stdout
+    # another vote than that on the untrained encoder: not compared
+    assert "untrained  " not in run("test", *flags_of(place), "--no-knn_weighted").stdout
+    assert json.loads((home / "epoch_0002" / "result.json").read_text())["knn_weighted"] is False
+    assert json.loads((home / "random" / "result.json").read_text())["checkpoint"] is None
+    assert (home / "epoch_0001" / "result.json").read_text() == before
+
+
+def test_a_checkpoint_file(place: Path) -> None:
+    checkpoint = place / "output" / "IMAGENET-64" / "v1" / "checkpoints" / "epoch_0001.pth.tar"
+    file = place / "elsewhere" / "mine.pth.tar"
+    (file.parent / "b").mkdir(parents=True)
+    file.write_bytes(checkpoint.read_bytes())
+    flags = flags_of(place, output="elsewhere/output")
+    done = run("test", *flags, f"--pretrained={file}")
+    assert done.returncode == 0, done.stderr
+    assert (place / "elsewhere" / "output" / "eval" / "mine" / "result.json").exists()
+    done = run("test", *flags, f"--pretrained={file.rename(file.parent / 'b' / file.name)}")
+    assert one_line(done, "holds the result of"), done.stderr
+
+
+def test_untrained_encoder_without_a_run(place: Path) -> None:
+    more = ["--encoder=random", "--arch=resnet18", "--crop=16", "--knn_k=200"]
+    done = run("test", *flags_of(place, output="none"), *more)
+    assert done.returncode == 0, done.stderr
+    assert "--knn_k 200 is more than the 24 training images" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    folder = place / "none" / "IMAGENET-64" / "v1" / "eval" / "random"
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["knn_k"], result["arch"], result["encoder"]) == (24, "resnet18", "random")
+
+
+def test_untrained_encoder_is_the_one_that_the_run_started_from(place: Path) -> None:
+    settings = config.from_values(
+        config.TestSettings, {"encoder_output_root": str(place / "output"), "encoder": "random"}
+    )
+    encoder = load_subject(settings).encoder
+    # as train.py with the seed of the fabricated run
+    torch.manual_seed(utils.generator(7, "weights").initial_seed())
+    moco = model.MoCo("resnet18", 8, 16)
+    assert torch.equal(encoder.conv1.weight, moco.encoder_q.conv1.weight)
+
+
+def test_a_checkpoint_between_epochs_has_a_folder_of_its_own(place: Path) -> None:
+    """And what a result replaces is said."""
+    folder = place / "output" / "IMAGENET-64" / "v1" / "checkpoints"
+    content = checkpoints.load(folder / "epoch_0002.pth.tar")
+    between = content | {"step": 263, "images": 100 * 256}  # 100 steps an epoch
+    run_folder = place / "between" / "IMAGENET-64" / "v1"
+    checkpoints.save(run_folder / "checkpoints" / "last.pth.tar", between)
+    done = run("test", *flags_of(place, output="between"))
+    assert done.returncode == 0, done.stderr
+    assert (run_folder / "eval" / "step_000263" / "result.json").exists()
+    assert "replaces" not in done.stdout
+    done = run("test", *flags_of(place, output="between"), "--seed=3")
+    assert "replaces the result" in done.stdout and "seed 0 -> 3" in done.stdout
+
+
+def test_the_untrained_column_is_of_the_encoder_from_which_the_run_started(tmp_path: Path) -> None:
+    class_folders(tmp_path / "data", seed=0, per_class=4)
+    flags = flags_of(tmp_path)
+    folder = fabricated_run(tmp_path / "output", "v1", epochs=(1,))  # its seed is 7
+    assert run("test", *flags, "--encoder=random").returncode == 0
+    header = "top-1 (%)         untrained   cached"
+    assert header in run("test", *flags).stdout
+    assert header not in run("test", *flags, "--precision=bf16").stdout
+    assert header in run("test", *flags).stdout
+    last = folder / "checkpoints" / "last.pth.tar"
+    content = checkpoints.load(last)
+    checkpoints.save(last, content | {"config": content["config"] | {"seed": 8}})
+    assert header not in run("test", *flags).stdout  # trained anew, from other weights
+    for name in ("random_moco", "other"):  # files from elsewhere, one of which is called so
+        file = {name: content[name] for name in ("state_dict", "config")}
+        torch.save(file, tmp_path / f"{name}.pth")
+        assert header not in run("test", *flags, f"--pretrained={tmp_path}/{name}.pth").stdout
+
+
+def test_the_result_says_what_was_computed_not_what_was_given(place: Path) -> None:
+    run("test", *flags_of(place), "--precision=auto")
+    folder = place / "output" / "IMAGENET-64" / "v1" / "eval" / "epoch_0002"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["precision"] == compute.pick_precision("auto", torch.device("cpu"))
+
+
+def test_a_run_whose_settings_are_not_valid_is_not_taken_for_a_foreign_file(tmp_path: Path) -> None:
+    last = fabricated_run(tmp_path, "v1", epochs=(1,)) / "checkpoints" / "last.pth.tar"
+    content = checkpoints.load(last)
+    checkpoints.save(last, content | {"config": content["config"] | {"batch_size": 0}})
+    done = run("test", f"--encoder_output_root={tmp_path}", "--dataset_root=shapes", *FAST)
+    assert one_line(done, "has settings that are not valid: --batch_size"), done.stderr
+    del content["config"]
+    checkpoints.save(last, content)
+    settings = config.from_values(config.TestSettings, {"encoder_output_root": str(tmp_path)})
+    assert "does not say its settings: crop 224 px" in load_subject(settings).found
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--load_pretrained_epoch=9"], "it has epochs 1, 2"),
+        (["--encoder_exp_version=M9"], "runs there: v1"),
+        (["--arch=resnet50"], "those of a resnet18, not of a resnet50"),
+        (["--encoder=random", "--pretrained=x.pth"], "contradict each other"),
+        (["--pretrained=missing.pth"], "missing.pth"),
+        (["--dataset_root=nowhere"], "nowhere"),
+        (["--knn_k=0"], "knn_k"),
+        (["--linear_epoch=3"], "did you mean --linear_epochs"),
+        (["--dataset_root=null"], "--dataset_root is missing"),
+    ],
+)
+def test_bad_input_is_one_line(place: Path, flags: list[str], words: str) -> None:
+    done = run("test", *flags_of(place), *flags)
+    assert one_line(done, words), done.stderr
+
+
+def test_the_command_itself(place: Path) -> None:
+    output = f"--encoder_output_root={place}/output"
+    command = [sys.executable, str(ROOT / "test.py"), output, "--load_pretrained_epoch=9"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert one_line(done, "it has epochs 1, 2") and not done.stdout
+
+
+def test_a_run_that_diverged_is_said(place: Path) -> None:
+    fabricated_run(place / "diverged", "v1", epochs=(1,), weight=float("nan"))
+    done = run("test", *flags_of(place, output="diverged"))
+    assert one_line(done, "not finite"), done.stderr
+    assert not (place / "diverged" / "IMAGENET-64" / "v1" / "eval").exists()
+
+
+def test_classes_that_do_not_fit_are_one_line(place: Path, tmp_path: Path) -> None:
+    class_folders(tmp_path / "a", seed=0, per_class=4)
+    class_folders(tmp_path / "b", seed=0, per_class=4)
+    (tmp_path / "a" / "test" / "class2").rename(tmp_path / "a" / "test" / "other")
+    for path in (tmp_path / "b" / "train" / "class1").iterdir():
+        path.unlink()
+    for name, words in (
+        ("a", "different classes: only one of them has class2, other"),
+        ("b", "class1' has no images"),
+    ):
+        done = run("test", *flags_of(place), f"--dataset_root={tmp_path / name}")
+        assert one_line(done, words), done.stderr
