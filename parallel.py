@@ -1,4 +1,4 @@
-"""Where the work runs: the device, the precision, and what several devices exchange.
+"""How a script was launched, and what its devices exchange.
 
 A launch is one of three. They have the same methods, so training reads the same for all of them,
 and gives the same curve:
@@ -225,7 +225,7 @@ class Processes(OneDevice):
 
     @property
     def name(self) -> str:
-        return f"{self.processes} processes on {self.device.type}"
+        return f"{self.device.type}, processes: {self.processes}"
 
     def __enter__(self) -> "Processes":
         super().__enter__()

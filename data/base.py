@@ -1,5 +1,6 @@
 """What all data sets share. A new one is a file like cifar10.py, and an entry in dataloader.py."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -50,7 +51,7 @@ class Size:
         return side if self.fit == "square" else max(side, self.crop)
 
 
-class Dataset:
+class Dataset(ABC):
     """A split of a data set, whose images are fetched by their indices."""
 
     in_memory = True  # nothing to decode: worker processes would not help
@@ -66,5 +67,6 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @abstractmethod
     def fetch(self, indices: Tensor) -> Batch:
-        raise NotImplementedError
+        """The images of some indices (n,), in their order."""

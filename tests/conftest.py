@@ -38,3 +38,13 @@ def alone(
         return run_of(name, out)
 
     return get
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 classes x 20 images: 5 steps of 16 an epoch."""
+    from miniature import write_folders
+
+    root = tmp_path_factory.mktemp("folders")
+    write_folders(root, classes=4, train=20, test=5, size=20)
+    return root

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from miniature import write_folders
 from scripts import assert_one_line_error, run
 from training import TINY, assert_same_run, pretrain, state
 
@@ -19,14 +18,6 @@ from run import setup
 from run.log import COLUMNS
 
 ROOT = Path(utils.__file__).parent
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4 classes x 20 images: 5 steps of 16 an epoch."""
-    root = tmp_path_factory.mktemp("folders")
-    write_folders(root, classes=4, train=20, test=5, size=20)
-    return root
 
 
 def test_a_run_writes_what_it_promises(folders: Path, tmp_path: Path):

@@ -18,14 +18,6 @@ from run import setup
 ROOT = Path(utils.__file__).parent
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4 classes x 20 images: 5 steps of 16 an epoch."""
-    root = tmp_path_factory.mktemp("folders")
-    write_folders(root, classes=4, train=20, test=5, size=20)
-    return root
-
-
 @pytest.mark.parametrize(
     "flags, parts",
     [

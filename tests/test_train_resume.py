@@ -21,14 +21,6 @@ from run.log import COLUMNS
 ROOT = Path(utils.__file__).parent
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4 classes x 20 images: 5 steps of 16 an epoch."""
-    root = tmp_path_factory.mktemp("folders")
-    write_folders(root, classes=4, train=20, test=5, size=20)
-    return root
-
-
 def test_stopped_and_resumed_is_the_run_that_never_stopped(folders: Path, tmp_path: Path):
     flags = ["--max_epoch=8", "--shuffle_bn", "--save_weight_epoch=100", "--log_every=1"]
     whole = pretrain(folders, tmp_path / "whole", *flags)
