@@ -1,5 +1,6 @@
 """TensorBoard's files in a run's folder."""
 
+import contextlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,10 @@ class Board:
         """Features (n, D) for the projector."""
         self._call("add_embedding", features, labels, None, step, "features")
 
+    def close(self) -> None:
+        """Write the rest, and end the writer's thread."""
+        self._call("close")
+
     def _call(self, method: str, *arguments: object) -> None:
         """Call the writer, as long as there is one."""
         try:
@@ -50,5 +55,9 @@ class Board:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        self._writer, reason = None, error.strerror or error
+        writer, self._writer = self._writer, None
+        with contextlib.suppress(OSError):
+            if writer is not None:
+                writer.close()
+        reason = error.strerror or error
         warn(f"TensorBoard's files cannot be written ({reason}): the run goes on without them")

@@ -175,6 +175,8 @@ class Keeper:
         """Draw the loss, say where the time went and where everything is."""
         if self.launch.rank != 0:
             return
+        if self.board is not None:
+            self.board.close()
         self._draw()
         self.watch.read()
         total = sum(self.watch.total.values())

@@ -37,7 +37,10 @@ def test_what_a_resumed_run_wrote_after_its_checkpoint_goes(tmp_path: Path) -> N
         board.scalars({"step": step, "loss": step / 2, "knn_top1": math.nan})
     board.figure("views", Figure(), 2)
     board.features(torch.eye(3), ["a", "b", "c"], 2)
-    Board(tmp_path, 4).scalars({"step": 5, "loss": 9.0, "knn_top1": 50.0})
+    board.close()
+    resumed = Board(tmp_path, 4)
+    resumed.scalars({"step": 5, "loss": 9.0, "knn_top1": 50.0})
+    resumed.close()
     events = read_events(tmp_path)
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(2, 1), (4, 2), (5, 9)]
     assert [(e.step, e.value) for e in events.Scalars("knn_top1")] == [(5, 50)]
