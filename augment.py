@@ -204,8 +204,7 @@ def normalize(
 
 def _check(images: Tensor, dtype: torch.dtype) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        found = f"{images.dtype} {tuple(images.shape)}"
-        raise ValueError(f"images must be torch.uint8 (N, 1 or 3, H, W), not {found}")
+        raise ValueError(f"must be torch.uint8 (N, 1 or 3, H, W): {images.dtype} {images.shape}")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"views in {dtype} are not supported: use torch.float32 or torch.float64")
 
@@ -257,10 +256,14 @@ def _crop(images: Tensor, params: Params, crop: int) -> Tensor:
     place = torch.where(params.flip[:, None], 1 - place, place)
     zero = torch.zeros_like(first[:, :1])  # all columns are one block, and see the whole line
     columns = _resampling(left * width, box_width * width, place, zero, width).squeeze(1).mT
-    lines = images.permute(0, 2, 3, 1).reshape(n * height, width * c)  # a view if channels last
     first = first + height * torch.arange(n, device=device)[:, None]  # in the lines of all images
-    index = first[:, :, None] + torch.arange(strip, device=device)
-    strips = lines.index_select(0, index.flatten()).view(-1, strip, width, c).permute(3, 0, 1, 2)
+    index = (first[:, :, None] + torch.arange(strip, device=device)).flatten()
+    if images.is_contiguous(memory_format=torch.channels_last):
+        lines = images.permute(0, 2, 3, 1).reshape(n * height, width * c).index_select(0, index)
+        strips = lines.view(-1, strip, width, c).permute(3, 0, 1, 2)
+    else:
+        lines = images.transpose(0, 1).reshape(c, n * height, width).index_select(1, index)
+        strips = lines.view(c, -1, strip, width)
     planes = strips.to(dtype, memory_format=torch.contiguous_format)  # (C, N blocks, strip, W)
     cropped = [torch.bmm(torch.bmm(rows, p).view(n, crop, width), columns) for p in planes]
     return torch.stack(cropped).div_(255).expand(3, -1, -1, -1).contiguous()
