@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from launches import (
     replicas,
     run_of,
 )
-from scripts import run
+from scripts import free_ports, run
+from torch.multiprocessing import spawn
 
 import model
 import parallel
@@ -176,3 +178,18 @@ def test_the_identity_for_a_permutation_is_plain_batch_norm(
         monkeypatch.setattr(module, name_of_it, in_order)
     assert run("train", *identity).returncode == 0
     assert_same_curve(run_of(name, tmp_path / "plain"), run_of(name, tmp_path / "identity"), 1e-12)
+
+
+def gather_in_blocks(rank: int, port: int, n: int) -> None:
+    """One of three processes: its rows of n, sent two rows at a time, come back as all rows."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "3"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    parallel.BLOCK = 6
+    rows = torch.arange(float(3 * n)).view(n, 3)
+    with parallel.Processes(torch.device("cpu")) as launch:
+        assert torch.equal(launch.gather(rows[launch.rows(n)], n), rows)
+
+
+@pytest.mark.parametrize("n", [2, 9, 10])  # fewer than processes, equal parts, unequal parts
+def test_rows_are_gathered_in_blocks(n: int) -> None:
+    spawn(gather_in_blocks, (free_ports(1)[0], n), nprocs=3)

@@ -104,7 +104,7 @@ def test_train_goes_on_without_a_compiler(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_curve_in_bfloat16_is_that_in_float32_within_three_percent(tmp_path: Path) -> None:
-    """Two epochs of the built-in images: each row of the log, and the whole run within 1 %."""
+    """An epoch of the built-in images: each row of the log, and the whole run within 1 %."""
     curves = []
     for precision in ("fp32", "bf16"):
         done = run(
@@ -121,15 +121,15 @@ def test_the_curve_in_bfloat16_is_that_in_float32_within_three_percent(tmp_path:
             "--shuffle_bn",
             "--temperature=0.2",
             "--lr=0.01",
-            "--max_epoch=2",
-            "--log_every=10",
+            "--max_epoch=1",
+            "--log_every=8",
             "--device=cpu",
         )
         assert done.returncode == 0, done.stderr
         curves.append(
             torch.tensor(utils.read_csv(tmp_path / "IMAGENET-64" / precision / "log.csv")["loss"])
         )
-    assert len(curves[0]) == 8 and not torch.equal(*curves)
+    assert len(curves[0]) == 5 and not torch.equal(*curves)
     assert (curves[1] / curves[0] - 1).abs().max() < 0.03 and abs(
         curves[1].mean() / curves[0].mean() - 1
     ) < 0.01
