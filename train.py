@@ -91,7 +91,8 @@ def train(
     batches = read_batches(dataset, batch_indices(settings, len(dataset), done), launch, keeper)
 
     moco.train()
-    watch = keeper.start(done, monitor)
+    untrained = monitor.top1(launch.state_dict(moco.encoder_q)) if monitor and not done else None
+    watch = keeper.start(done, monitor, untrained)
     for step, batch in enumerate(batches, start=done + 1):
         watch.lap("data")
         lr = learning_rate(settings, epoch=(step - 1) / keeper.steps_per_epoch)

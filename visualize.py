@@ -15,7 +15,7 @@ first. Without --dataset_root only what needs no images is drawn.
 import contextlib
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,13 @@ from evaluation.results import Evaluation, describe_data
 from evaluation.subject import Subject, load_subject, untrained_encoder
 from evaluation.subsets import Subset
 from figures import confusion, curves, embedding, filters, neighbours, style, views
-from run.curves import read_curve
+from run.curves import describe_differences, label, read_knn, read_loss
 from run.folder import path_of
 from utils import UserError, atomic_write, check_writable, generator, guard, say, warn
 
 DRAW = {  # how each figure is drawn from its data
     "loss": curves.loss_figure,
+    "knn": curves.knn_figure,
     "versions": curves.accuracy_by_version_figure,
     "epochs": curves.accuracy_by_epoch_figure,
     "views": views.views_figure,
@@ -52,7 +53,7 @@ DRAW = {  # how each figure is drawn from its data
 }
 FILES = {name: f"{name}.png" for name in DRAW}
 FILES |= {"versions": "accr_model_compare.png", "epochs": "accr_epoch_compare.png"}
-FLAGS = {"versions": "accuracy", "epochs": "accuracy"}  # of --figures
+FLAGS = {"versions": "accuracy", "epochs": "accuracy", "knn": "loss"}  # of --figures
 OF_IMAGES = ("views", "neighbours", "embedding")
 BANK, QUERIES = 10_000, 2_000  # at most so many images are searched for neighbours, and drawn
 
@@ -146,8 +147,9 @@ def collect(settings: VisualizeSettings, names: list[str]) -> dict[str, dict[str
     comparison = read_comparison(settings)
     launch = parallel.open_launch(settings.device)
     data = {}
-    if "loss" in names:
-        data["loss"] = collect_losses(comparison, settings.loss_exp_version)
+    if "loss" in names or "knn" in names:
+        curves_of = collect_curves(comparison, settings.loss_exp_version)
+        data |= {name: curves for name, curves in curves_of.items() if curves and name in names}
     if "versions" in names:
         data |= collect_accuracies(settings, comparison, launch)
     run = comparison.runs(comparison.versions[-1])[0]
@@ -165,12 +167,29 @@ def collect(settings: VisualizeSettings, names: list[str]) -> dict[str, dict[str
     return data
 
 
-def collect_losses(comparison: compare.Comparison, versions: list[str] | None) -> dict[str, Any]:
-    """The losses of versions: of those given, or of the compared ones and M0 where it is."""
+def collect_curves(
+    comparison: compare.Comparison, versions: list[str] | None
+) -> dict[str, dict[str, Any]]:
+    """`loss` and `knn` of versions: of those given, or of the compared ones and M0 where it is."""
     if versions is None:
         m0 = all((run / "log.csv").exists() for run in comparison.runs("M0"))
-        versions = ["M0", *comparison.versions] if m0 else comparison.versions
-    return {version: list(map(read_curve, comparison.runs(version))) for version in versions}
+        versions = list(dict.fromkeys(["M0"] * m0 + comparison.versions))
+    runs = {version: comparison.runs(version) for version in versions}
+    labels = label_versions(runs)
+    data: dict[str, dict[str, Any]] = {"loss": {}, "knn": {}}
+    for version, folders in runs.items():
+        mark = {"label": labels[version]}
+        data["loss"][version] = [read_loss(folder) | mark for folder in folders]
+        knn = [read_knn(folder) for folder in folders]
+        if all(knn):
+            data["knn"][version] = [curve | mark for curve in knn]
+    return data
+
+
+def label_versions(runs: Mapping[str, Sequence[Path]]) -> dict[str, str]:
+    """What sets each version apart, by its first run."""
+    first = {version: folders[0] for version, folders in runs.items()}
+    return {version: label(each) for version, each in describe_differences(first).items()}
 
 
 def collect_accuracies(
@@ -202,6 +221,7 @@ def collect_accuracies(
         "spread": spread,
         "accuracy": {name: compare.curves_of(found) for name, found in of_versions.items()},
         "untrained": compare.curves_of(untrained) if untrained else None,
+        "labels": label_versions({name: comparison.runs(name) for name in of_versions}),
         "table": table,
     }
     if of_epochs:

@@ -1,7 +1,7 @@
 """The experiment M0 to M3 with several seeds, start to end: pretrain, evaluate, draw.
 
-    python benchmarks/claims.py ROOT/fashion-mnist       on a small machine: a run on each core
-    python benchmarks/claims.py ROOT/fashion-mnist --lanes 4 --device cuda --seeds 0 1 2 \\
+    python benchmarks/claims.py ROOT/CIFAR-10       on a small machine: a run on each core
+    python benchmarks/claims.py ROOT/CIFAR-10 --lanes 4 --device cuda --seeds 0 1 2 \\
         -- --max_epoch 100 --schedule 60 80
     python benchmarks/claims.py ROOT/ILSVRC/Data/CLS-LOC --preset none \\
         --dataset_name IMAGENET-64 --lanes 1 --test_root ROOT/STL-10
@@ -264,7 +264,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("dataset_root")
     parser.add_argument("--test_root", help="to evaluate on (default: dataset_root)")
     parser.add_argument("--preset", default="claims", help="of all versions; none: no preset")
-    parser.add_argument("--dataset_name", default="FASHION-MNIST")
+    parser.add_argument("--dataset_name", default="CIFAR-10")
     parser.add_argument("--output_root", default="output")
     parser.add_argument("--result_path", help="default: OUTPUT_ROOT/DATASET_NAME/figures")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])

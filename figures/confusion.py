@@ -33,7 +33,7 @@ def confusion_figure(confusion: ArrayLike, result: Mapping[str, Any]) -> Figure:
         axes.set_xticks(range(classes), names, rotation=90 if classes > 3 else 0, **look)
         axes.set_yticks(range(classes), names, **look)
     axes.set(xlabel="predicted class", ylabel="true class")
-    title = f"{result['arch']} on {result['dataset']}: share of the true class (%)"
+    title = f"{result['arch']} on {style.title_of(result['dataset'])}: share of the true class (%)"
     axes.set_title(f"{title}, top-1 {result['linear_top1']:.1f} %", fontsize=11)
     figure.colorbar(image, ax=axes, shrink=0.6, label="%")
     return figure

@@ -22,7 +22,8 @@ def loss_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Contrastive loss over steps: a panel for each version, a line for each of its runs.
 
     A log holds the columns `step` and `loss`, and may hold `chance`, the loss if no key could be
-    told from another, and `drops`, the steps at which the learning rate falls.
+    told from another, `drops`, the steps at which the learning rate falls, and `label`, what sets
+    the version apart.
     """
     columns = min(len(logs), 4)
     rows = math.ceil(len(logs) / columns)
@@ -31,7 +32,8 @@ def loss_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     for axes, version in zip(panels, logs, strict=False):
         _draw_losses(axes, logs[version], style.colour_of(version, logs))
-        axes.set_title(version)
+        label = logs[version][0].get("label")
+        axes.set_title(version + (f"\n{label}" if label else ""), fontsize=10, parse_math=False)
         style.tidy(axes, ticks=4 if columns > 2 else 6)
     for axes in panels[len(logs) :]:
         axes.remove()
@@ -52,7 +54,8 @@ def _draw_losses(axes: Axes, logs: Sequence[Mapping[str, Any]], colour: str) -> 
         if len(loss) > LONG:
             axes.plot(steps, loss, color=colour, linewidth=1, alpha=0.3 / len(logs))
             loss = running_mean(loss, reach=len(loss) // 80)
-        axes.plot(steps, loss, color=colour, linewidth=1.6, linestyle=linestyle)
+        marker = "o" if len(loss) == 1 else None
+        axes.plot(steps, loss, color=colour, linewidth=1.6, linestyle=linestyle, marker=marker)
     axes.set_xlabel("step (thousands)" if unit == 1000 else "step")
     if "chance" in logs[0]:
         chance = logs[0]["chance"]
@@ -71,24 +74,47 @@ def running_mean(values: Sequence[float], reach: int) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def knn_figure(log: Mapping[str, Sequence[float]]) -> Figure:
-    """kNN top-1 (percent) and effective rank over the steps of a training's log.
+def knn_figure(versions: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Left: kNN top-1 while training over the epochs, with the untrained encoders'. Right: the
+    effective rank of the queue. A line for each version: the mean of its runs, and their deviation.
 
-    Needs the columns `step`, `knn_top1` (NaN where it was not measured) and `effective_rank`.
+    A run holds `epoch` and `knn_top1`, in percent, `rank_epoch` and `effective_rank`. Epoch 0 is
+    the untrained encoder; runs of before it was measured have none.
     """
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    steps, top1 = np.asarray(log["step"]), np.asarray(log["knn_top1"])
-    measured = ~np.isnan(top1)
-    look = {"color": style.COLOURS["M3"], "marker": "o", "markersize": 4}
-    left.plot(steps[measured], top1[measured], linewidth=1.6, **look)
-    right.plot(steps, log["effective_rank"], color=style.COLOURS["M2"], linewidth=1.6)
-    left.set(xlabel="step", ylabel="kNN top-1 (%)")
-    right.set(xlabel="step", ylabel="effective rank of the queue")
+    for version, runs in versions.items():
+        look = {"color": style.colour_of(version, versions), "linewidth": 1.6}
+        look["label"] = style.with_label(version, runs[0].get("label"))
+        _draw_mean(left, runs, "epoch", "knn_top1", marker="o", markersize=4, **look)
+        _draw_mean(right, runs, "rank_epoch", "effective_rank", **look)
+    every = [run for runs in versions.values() for run in runs]
+    untrained = [run["knn_top1"][0] for run in every if run["epoch"][0] == 0]
+    if untrained:
+        mean = np.mean(untrained)
+        label = f"untrained: {mean:.1f} %"
+        left.axhline(mean, color=style.GREY, linestyle="--", linewidth=1.2, label=label)
+    left.set(xlabel="epoch", ylabel="kNN top-1 while training (%)")
+    right.set(xlabel="epoch", ylabel="effective rank of the queue")
+    style.tidy(left, ticks=5)
+    style.tidy(right, ticks=5)
+    style.widen(left)
     right.set_ylim(bottom=0)
-    for axes in (left, right):
-        style.tidy(axes, ticks=5)
+    style.legend_below(figure, [left], ncols=3 if len(versions) > 1 else 2)
     return figure
+
+
+def _draw_mean(
+    axes: Axes, runs: Sequence[Mapping[str, Any]], x: str, y: str, color: str, **look: Any
+) -> None:
+    """The mean of runs, as long as all of them go on, and their sample deviation as a band."""
+    length = min(len(run[x]) for run in runs)
+    values = np.array([run[y][:length] for run in runs])
+    mean = values.mean(axis=0)
+    if len(runs) > 1:
+        deviation, band = values.std(axis=0, ddof=1), {"color": color, "alpha": 0.2}
+        axes.fill_between(runs[0][x][:length], mean - deviation, mean + deviation, **band, lw=0)
+    axes.plot(runs[0][x][:length], mean, color=color, **look)
 
 
 # ---------------------------------------------- accuracies: (trials or seeds, epochs), in percent
@@ -98,20 +124,27 @@ def accuracy_by_version_figure(data: Mapping[str, Any]) -> Figure:
     """Test top-1 over the classifier's epochs, a line for each version: mean and deviation.
 
     data: `accuracy`, {version: (n, epochs)}; `untrained`, (n, epochs) of the encoder that training
-    started from, or None; `dataset`; and `spread`, what the n curves differ in: "trial" or "seed".
+    started from, or None; `dataset`; `spread`, what the n curves differ in: "trial" or "seed"; and
+    perhaps `labels`, what sets each version apart.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     curves = dict(data["accuracy"])
+    labels = data.get("labels", {})
     for version, accuracy in curves.items():
-        _draw_curve(axes, accuracy, version, color=style.colour_of(version, data["accuracy"]))
+        name = style.with_label(version, labels.get(version))
+        _draw_curve(axes, accuracy, name, color=style.colour_of(version, data["accuracy"]))
     if data["untrained"] is not None:
         curves["untrained"] = data["untrained"]
         _draw_curve(axes, data["untrained"], "untrained", color=style.GREY, linestyle="--")
-    axes.set(xlabel="epoch of the linear classifier", ylabel=f"test top-1 on {data['dataset']} (%)")
+    axes.set(
+        xlabel="epoch of the linear classifier",
+        ylabel=f"test top-1 on {style.title_of(data['dataset'])} (%)",
+    )
     note = _describe_spread(curves.values(), data["spread"])
     axes.set_title(note, fontsize=10, color=style.GREY, loc="right")
     style.tidy(axes)
+    style.widen(axes)
     entries = axes.get_legend_handles_labels()
     figure.legend(*entries, loc="outside right center", frameon=False, title="last epoch")
     return figure
@@ -140,6 +173,7 @@ def accuracy_by_epoch_figure(data: Mapping[str, Any]) -> Figure:
     right.set_title(_describe_spread(curves.values(), spread), fontsize=10)
     for axes in (left, right):
         style.tidy(axes, ticks=6)
+        style.widen(axes)
     if len(epochs) <= 8:
         left.set_xticks(epochs)
     figure.suptitle(data["name"])
@@ -171,9 +205,10 @@ def accuracy_figure(accuracy: ArrayLike, result: Mapping[str, Any]) -> Figure:
     when = ", before the finetuning" if result["protocol"] == "finetune" else ""
     label = f"kNN, k = {result['knn_k']}{when}: {result['knn_top1']:.1f} %"
     axes.axhline(result["knn_top1"], color=style.OTHER_COLOURS[0], linestyle="--", label=label)
-    title = f"{result['arch']}, {_describe_encoder(result)}, on {result['dataset']}"
+    title = f"{result['arch']}, {_describe_encoder(result)}, on {style.title_of(result['dataset'])}"
     axes.set(xlabel="epoch of the linear classifier", ylabel="test top-1 (%)", title=title)
     style.tidy(axes)
+    style.widen(axes)
     style.legend_below(figure, [axes], ncols=2)
     return figure
 

@@ -17,6 +17,8 @@ import utils
 COLOURS = {"M0": "#CC79A7", "M1": "#E69F00", "M2": "#009E73", "M3": "#0072B2"}
 OTHER_COLOURS = ["#D55E00", "#56B4E9", "#000000", "#999933", "#882255"]
 GREY = "0.45"
+TITLES = {"cifar10": "CIFAR-10", "stl10": "STL-10", "fashion_mnist": "Fashion-MNIST"}
+TITLES |= {"shapes": "the built-in images"}
 
 
 def save(path: Path, figure: Figure, dpi: int = 200) -> None:
@@ -39,6 +41,18 @@ def tidy(axes: Axes, ticks: int = 8) -> None:
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def widen(axes: Axes, least: float = 10.0) -> None:
+    """At least so many points of percent from bottom to top, or a tenth of one would look large."""
+    low, high = axes.get_ylim()
+    missing = max(0.0, least - (high - low)) / 2
+    axes.set_ylim(low - missing, high + missing)
+
+
+def with_label(version: str, label: str | None) -> str:
+    """A version's name, and what sets it apart from the others."""
+    return f"{version}: {label}" if label else version
 
 
 def legend_below(figure: Figure, panels: Iterable[Axes], ncols: int, title: str = "") -> None:
@@ -102,6 +116,11 @@ def class_names(classes: Sequence[str], labels: Tensor) -> np.ndarray:
     """The names of labels (n,), "" for -1, as text that np.savez stores without pickle."""
     names = [classes[label] if label >= 0 else "" for label in labels.tolist()]
     return np.array(names, dtype=np.str_)
+
+
+def title_of(dataset: str) -> str:
+    """A data set's name as people write it."""
+    return TITLES.get(dataset, dataset)
 
 
 def shorten(name: str, length: int) -> str:

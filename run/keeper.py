@@ -53,8 +53,11 @@ class Keeper:
         self.meter = Meter(launch, dtype, settings.batch_size, settings.temperature)
         self.board: Board | None = None
 
-    def start(self, step: int, monitor: Monitor | None) -> Stopwatch:
-        """Begin the log, or go on with that of a run which was saved after `step`."""
+    def start(self, step: int, monitor: Monitor | None, untrained: float | None) -> Stopwatch:
+        """Begin the log, or go on with that of a run which was saved after `step`.
+
+        `untrained` is the kNN accuracy of the encoder that the training starts from.
+        """
         self.monitor = monitor
         if self.launch.rank == 0:
             self.log = Log(self.folder / "log.csv", COLUMNS, step)
@@ -63,6 +66,12 @@ class Keeper:
             if self.settings.tensorboard:
                 self.board = Board(self.folder, step)
             config.write(self.folder / "config.yaml", self.settings)
+            if untrained is not None:
+                self._add_row(
+                    dict.fromkeys(COLUMNS, math.nan)
+                    | {"step": 0, "epoch": 0, "knn_top1": untrained}
+                )
+                say(f"untrained encoder: kNN {untrained:.1f} %")
         self.started = self.last_save = time.monotonic()
         self.meter.start()
         self.watch = Stopwatch(self.launch.device)
@@ -107,9 +116,7 @@ class Keeper:
             "knn_top1": knn_top1,
         }
         if self.launch.rank == 0:
-            self.log.add(row)
-            if self.board is not None:
-                self.board.scalars(row)
+            self._add_row(row)
         self.meter.reset()
         left = (self.steps - step) * self.settings.batch_size / row["images_per_second"]
         knn = "" if math.isnan(row["knn_top1"]) else f"kNN {row['knn_top1']:.1f} %  "
@@ -118,6 +125,11 @@ class Keeper:
             f"loss {row['loss']:.3f}  contrast top-1 {row['contrast_top1']:.1f} %  {knn}"
             f"lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s  left {duration(left)}"
         )
+
+    def _add_row(self, row: dict[str, float]) -> None:
+        self.log.add(row)
+        if self.board is not None:
+            self.board.scalars(row)
 
     def show(self, step: int, batch: Batch, views: list[Tensor]) -> None:
         """For TensorBoard: some views and, after a kNN, neighbours and features."""
@@ -190,9 +202,9 @@ class Keeper:
         from figures.style import save
 
         try:
-            log = curves.read_loss(self.folder)
-            save(self.folder / "loss.png", loss_figure({self.settings.exp_version: [log]}))
-            if any(not math.isnan(top1) for top1 in log.get("knn_top1", [])):
-                save(self.folder / "knn.png", knn_figure(log))
+            name, knn = self.settings.exp_version, curves.read_knn(self.folder)
+            save(self.folder / "loss.png", loss_figure({name: [curves.read_loss(self.folder)]}))
+            if knn:
+                save(self.folder / "knn.png", knn_figure({name: [knn]}))
         except UserError as error:  # what counts is saved
             warn(f"a figure is not drawn: {error}")

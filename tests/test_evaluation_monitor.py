@@ -45,17 +45,21 @@ def test_knn_while_training_is_measured_and_changes_nothing(tmp_path: Path, data
     state = last_state(folder)
     assert all(torch.equal(value, state[name]) for name, value in last_state(without).items())
     log = utils.read_csv(folder / "log.csv")
-    assert log["step"] == [3, 6, 9, 10, 12, 15]
+    assert log["step"] == [0, 3, 6, 9, 10, 12, 15]
     measured = [not math.isnan(top1) for top1 in log["knn_top1"]]
-    assert measured == [False, False, False, True, False, True]
+    assert measured == [True, False, False, False, True, False, True]
     assert (folder / "knn.png").exists() and not (without / "knn.png").exists()
     # test.py agrees: the same encoder, images and vote
     flags = [f"--dataset_root={data}", f"--encoder_output_root={tmp_path}/with", "--device=cpu"]
     flags += ["--num_workers=0", "--linear_epochs=1", "--trials=1", "--knn_k=80"]
-    done = run("test", *flags)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((folder / "eval" / "epoch_0003" / "result.json").read_text())
-    assert result["knn_top1"] == pytest.approx(log["knn_top1"][-1])
+    for more, name, top1 in (
+        ([], "epoch_0003", log["knn_top1"][-1]),
+        (["--encoder=random"], "random", log["knn_top1"][0]),
+    ):
+        done = run("test", *flags, *more)
+        assert done.returncode == 0, done.stderr
+        result = json.loads((folder / "eval" / name / "result.json").read_text())
+        assert result["knn_top1"] == pytest.approx(top1)
 
 
 @pytest.mark.parametrize("below", ["", "train"])

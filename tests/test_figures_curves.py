@@ -97,13 +97,28 @@ def test_running_mean_by_hand() -> None:
 
 
 def test_knn_while_training() -> None:
-    log = {"step": [1, 2, 3, 4], "effective_rank": [2.0, 3.0, 4.0, 5.0]}
-    log["knn_top1"] = [math.nan, 40.0, math.nan, 50.0]
-    left, right = curves.knn_figure(log).axes
-    (knn,), (rank,) = left.get_lines(), right.get_lines()
-    assert list(knn.get_xdata()) == [2, 4] and list(knn.get_ydata()) == [40.0, 50.0]
-    assert list(rank.get_xdata()) == log["step"] and list(rank.get_ydata()) == [2, 3, 4, 5]
-    read_figure(curves.knn_figure(log))
+    """Means over the seeds, as long as all of them go on; the untrained encoders are a line."""
+    knn = {"epoch": [0, 2, 4], "rank_epoch": [1, 2, 3, 4], "effective_rank": [2.0, 3.0, 4.0, 5.0]}
+    runs = [knn | {"knn_top1": [30.0, 40.0, 50.0]}, knn | {"knn_top1": [34.0, 44.0, 58.0]}]
+    shorter = {name: values[:2] for name, values in runs[1].items()}
+    figure = curves.knn_figure({"M1": runs, "M3": [runs[0], shorter]})
+    left, right = figure.axes
+    m1, m3, untrained = left.get_lines()
+    assert list(m1.get_xdata()) == [0, 2, 4] and list(m1.get_ydata()) == [32, 42, 54]
+    assert list(m3.get_xdata()) == [0, 2] and list(m3.get_ydata()) == [32, 42]
+    assert list(untrained.get_ydata()) == [32, 32] and "32.0 %" in untrained.get_label()
+    assert list(right.get_lines()[0].get_ydata()) == [2, 3, 4, 5]
+    read_figure(figure)
+    old = {"epoch": [2], "knn_top1": [40.0], "rank_epoch": [1, 2], "effective_rank": [2.0, 3.0]}
+    figure = curves.knn_figure({"v1": [old]})  # of before the untrained encoder was measured
+    assert len(figure.axes[0].get_lines()) == 1
+    read_figure(figure)
+
+
+def test_a_tenth_of_a_point_does_not_look_large() -> None:
+    accuracy = {"M1": torch.tensor([[70.0, 70.1]]), "M3": torch.tensor([[70.0, 70.2]])}
+    low, high = curves.accuracy_by_version_figure(of_versions(accuracy)).axes[0].get_ylim()
+    assert high - low == pytest.approx(10)
 
 
 # ------------------------------------------------------------------------------ accuracies
@@ -124,7 +139,7 @@ def test_accuracy_by_version() -> None:
     mean, std = accuracy["M1"].mean(0), accuracy["M1"].std(0)
     assert band.min() == pytest.approx(float((mean - std).min()))
     assert band.max() == pytest.approx(float((mean + std).max()))
-    assert "%" in axes.get_ylabel() and "stl10" in axes.get_ylabel()
+    assert "%" in axes.get_ylabel() and "STL-10" in axes.get_ylabel()
     assert "3 trials" in axes.get_title(loc="right")
     read_figure(figure)
 
