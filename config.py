@@ -156,6 +156,7 @@ class VisualizeSettings(TestSettings):
     loss_exp_version: list[str] | None = FIGURES("runs whose loss is drawn; default: those and M0")
     seeds: list[int] | None = FIGURES("version V stands for the runs V-seed0, V-seed1, ...")
     figures: list[Figure] | None = FIGURES("which figures; default: all")
+    report: bool = FIGURES("write report.html, too: one page with all of it")
     redraw: bool = FIGURES("draw from RESULT_PATH/data, which an earlier call left")
     result_path: str | None = FIGURES("folder; null: OUTPUT_ROOT/DATASET_NAME/figures")
 
@@ -228,6 +229,12 @@ def names_with(cls: type[Settings], trait: str) -> list[str]:
     """The flags of a script that have a trait; what is PER_MACHINE is also MAY_CHANGE."""
     traits = {trait, PER_MACHINE} if trait == MAY_CHANGE else {trait}
     return [f.name for f in dataclasses.fields(cls) if f.metadata["trait"] in traits]
+
+
+def words_of(cls: type[Settings], values: Mapping[str, Any]) -> list[str]:
+    """The flags that set a script's values where they are not the defaults."""
+    defaults = read_defaults(cls)
+    return to_words(cls, {name: v for name, v in values.items() if v != defaults.get(name, v)})
 
 
 def describe(settings: Settings, title: str) -> str:

@@ -5,17 +5,16 @@
     ... --multiple_encoder_exp_version M1 M3 --seeds 0 1     runs M1-seed0, M1-seed1, M3-seed0, ...
     python visualize.py --redraw --result_path img           from img/data alone
 
-Writes RESULT_PATH/ (default: output/DATASET_NAME/figures): loss.png, accr_model_compare.png, with
---multiple_pretrained_epoch accr_epoch_compare.png, and of the last version views.png,
-neighbours.png, embedding.png (needs scikit-learn), filters.png; and RESULT_PATH/data/, from which
-they are drawn. Results of test.py with the same settings are used; what is missing is evaluated
-first. Without --dataset_root only what needs no images is drawn.
+Writes RESULT_PATH/ (default: output/DATASET_NAME/figures): loss.png, knn.png of runs with
+--knn_every, accr_model_compare.png, with --multiple_pretrained_epoch accr_epoch_compare.png, and of
+the last version views.png, neighbours.png, embedding.png (needs scikit-learn), filters.png; with
+--report also report.html, one page with all of it; and RESULT_PATH/data/, from which they are
+drawn. Results of test.py with the same settings are used; what is missing is evaluated first.
+Without --dataset_root only what needs no images is drawn.
 """
 
-import contextlib
-import json
-import zipfile
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,10 +35,11 @@ from evaluation.knn import nearest
 from evaluation.results import Evaluation, describe_data
 from evaluation.subject import Subject, load_subject, untrained_encoder
 from evaluation.subsets import Subset
-from figures import confusion, curves, embedding, filters, neighbours, style, views
-from run.curves import describe_differences, label, read_knn, read_loss
+from figures import confusion, curves, embedding, filters, neighbours, report, style, views
+from run.curves import describe_differences, label_versions, read_knn, read_loss, read_settings
+from run.flags import show
 from run.folder import path_of
-from utils import UserError, atomic_write, check_writable, generator, guard, say, warn
+from utils import UserError, atomic_write, check_writable, generator, guard, provenance, say, warn
 
 DRAW = {  # how each figure is drawn from its data
     "loss": curves.loss_figure,
@@ -68,48 +68,29 @@ def main(argv: list[str]) -> None:
     if settings.redraw:
         drawn = [name for name in names if data_path(results, name).exists()]
     else:
-        data = collect(settings, names)
+        data = collect(settings, names, shlex.join(["python", "visualize.py", *argv]))
         for name, content in data.items():
-            write_data(data_path(results, name), content)
-        drawn = list(data)
+            style.write_data(data_path(results, name), content)
+        drawn = [name for name in names if name in data]
     if not drawn:
         raise UserError(f"--redraw finds nothing in {str(results / 'data')!r}: leave it out")
-    pictures = {name: DRAW[name](read_data(data_path(results, name))) for name in drawn}
+    pictures = {name: DRAW[name](style.read_data(data_path(results, name))) for name in drawn}
+    files = {name: results / FILES[name] for name in drawn}
     for name, figure in pictures.items():  # now that all of them could be drawn
-        style.save(results / FILES[name], figure)
+        style.save(files[name], figure)
     for name in names:
         if name not in drawn and (results / FILES[name]).exists():
             warn(f"{FILES[name]} in {results} is of an earlier call")
-    say(f"written  {results}/{', '.join(FILES[name] for name in drawn)}")
+    written = [FILES[name] for name in drawn]
+    if settings.report:
+        page = report.report_html(style.read_data(data_path(results, "report")), files)
+        atomic_write(results / "report.html", lambda file: file.write(page.encode()))
+        written.append("report.html")
+    say(f"written  {results}/{', '.join(written)}")
 
 
 def data_path(results: Path, name: str) -> Path:
     return results / "data" / f"{name}.{'npz' if name in (*OF_IMAGES, 'filters') else 'json'}"
-
-
-def write_data(path: Path, content: Mapping[str, Any]) -> None:
-    """Arrays as .npz; numbers as .json, a line for each key."""
-    if path.suffix == ".npz":
-        atomic_write(path, lambda file: np.savez_compressed(file, **content))
-    else:
-        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
-        text = "{\n" + ",\n".join(lines) + "\n}\n"
-        atomic_write(path, lambda file: file.write(text.encode()))
-
-
-def read_data(path: Path) -> dict[str, Any]:
-    """What `write_data` wrote; UserError if that cannot be read."""
-    content = None
-    with contextlib.suppress(OSError, EOFError, ValueError, zipfile.BadZipFile):
-        if path.suffix == ".npz":
-            with np.load(path) as arrays:
-                content = dict(arrays)
-        else:
-            content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or not content:
-        reason = f"the data of the figure {path.stem} in {str(path.parent)!r} are damaged"
-        raise UserError(f"{reason}: draw without --redraw")
-    return content
 
 
 # ----------------------------------------------------------------- what the figures show
@@ -141,17 +122,26 @@ def check_flags(settings: VisualizeSettings, names: list[str]) -> None:
         raise UserError(f"--dataset_root is missing: {of_images[0]} are drawn from its images")
 
 
-def collect(settings: VisualizeSettings, names: list[str]) -> dict[str, dict[str, Any]]:
+def collect(
+    settings: VisualizeSettings, names: list[str], command: str
+) -> dict[str, dict[str, Any]]:
     """The data of the figures; evaluates what has no result. Errors come before any work."""
     check_flags(settings, names)
     comparison = read_comparison(settings)
     launch = parallel.open_launch(settings.device)
-    data = {}
+    data: dict[str, dict[str, Any]] = {}
+    missing = {}  # from the report, by figure: why
     if "loss" in names or "knn" in names:
         curves_of = collect_curves(comparison, settings.loss_exp_version)
         data |= {name: curves for name, curves in curves_of.items() if curves and name in names}
+        missing["knn"] = "not all runs were trained with --knn_every"
     if "versions" in names:
-        data |= collect_accuracies(settings, comparison, launch)
+        try:
+            data |= collect_accuracies(settings, comparison, launch)
+        except UserError as error:
+            if not settings.report or settings.dataset_root is not None:
+                raise
+            missing["versions"] = str(error)
     run = comparison.runs(comparison.versions[-1])[0]
     subject = load_subject(replace(settings, encoder_exp_version=run.name))
     encoders = {"trained": subject.encoder, "untrained": untrained_encoder(subject.settings)}
@@ -159,11 +149,16 @@ def collect(settings: VisualizeSettings, names: list[str]) -> dict[str, dict[str
         weights = {name: encoder.conv1.weight for name, encoder in encoders.items()}
         data["filters"] = filters.filters_data(weights)
     if settings.dataset_root is None:
-        return data
-    if "views" in names:
-        data["views"] = collect_views(settings, subject.settings)
-    if "neighbours" in names or "embedding" in names:
-        data |= collect_features(settings, names, subject, encoders, launch)
+        missing |= dict.fromkeys(OF_IMAGES, "no --dataset_root was given")
+    else:
+        if "views" in names:
+            data["views"] = collect_views(settings, subject.settings)
+        if "neighbours" in names or "embedding" in names:
+            data |= collect_features(settings, names, subject, encoders, launch)
+            missing["embedding"] = "scikit-learn is not installed, or the labelled images are few"
+    if settings.report:
+        missing = {name: why for name, why in missing.items() if name in names}
+        data["report"] = collect_report(comparison, data.get("versions"), missing, command)
     return data
 
 
@@ -175,7 +170,7 @@ def collect_curves(
         m0 = all((run / "log.csv").exists() for run in comparison.runs("M0"))
         versions = list(dict.fromkeys(["M0"] * m0 + comparison.versions))
     runs = {version: comparison.runs(version) for version in versions}
-    labels = label_versions(runs)
+    labels = label_versions({name: folders[0] for name, folders in runs.items()})
     data: dict[str, dict[str, Any]] = {"loss": {}, "knn": {}}
     for version, folders in runs.items():
         mark = {"label": labels[version]}
@@ -184,12 +179,6 @@ def collect_curves(
         if all(knn):
             data["knn"][version] = [curve | mark for curve in knn]
     return data
-
-
-def label_versions(runs: Mapping[str, Sequence[Path]]) -> dict[str, str]:
-    """What sets each version apart, by its first run."""
-    first = {version: folders[0] for version, folders in runs.items()}
-    return {version: label(each) for version, each in describe_differences(first).items()}
 
 
 def collect_accuracies(
@@ -221,7 +210,7 @@ def collect_accuracies(
         "spread": spread,
         "accuracy": {name: compare.curves_of(found) for name, found in of_versions.items()},
         "untrained": compare.curves_of(untrained) if untrained else None,
-        "labels": label_versions({name: comparison.runs(name) for name in of_versions}),
+        "labels": label_versions({name: comparison.runs(name)[0] for name in of_versions}),
         "table": table,
     }
     if of_epochs:
@@ -231,6 +220,33 @@ def collect_accuracies(
             "accuracy": {epoch: compare.curves_of(found) for epoch, found in of_epochs.items()},
         }
     return collected
+
+
+def collect_report(
+    comparison: compare.Comparison,
+    results: Mapping[str, Any] | None,
+    missing: dict[str, str],
+    command: str,
+) -> dict[str, Any]:
+    """What report.html says beside the figures."""
+    runs = {version: comparison.runs(version) for version in comparison.versions}
+    settings = {folder: read_settings(folder) for folders in runs.values() for folder in folders}
+    training = [config.words_of(TrainSettings, values) for values in settings.values()]
+    made_by = provenance()
+    versions = f"torch {made_by['torch']}, Python {made_by['python']}, {made_by['machine']}"
+    return {
+        "dataset": results and results["dataset"],
+        "columns": list(compare.COLUMNS),
+        "table": compare.cells_of(results["table"]) if results else {},
+        "differences": describe_differences({v: folders[0] for v, folders in runs.items()}),
+        "settings": {
+            folder.name: "  ".join(f"{name}={show(value)}" for name, value in values.items())
+            for folder, values in settings.items()
+        },
+        "commands": [*(shlex.join(["python", "train.py", *words]) for words in training), command],
+        "made_by": f"Commit {made_by['commit']}{' (changed)' * made_by['changed']}, {versions}.",
+        "missing": missing,
+    }
 
 
 def collect_views(settings: VisualizeSettings, training: TrainSettings) -> dict[str, np.ndarray]:

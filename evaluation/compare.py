@@ -15,6 +15,15 @@ from run import checkpoints
 from run.curves import summarize
 from utils import UserError, say, warn
 
+COLUMNS = {
+    "kNN": "knn_top1",
+    "linear": "linear_top1",
+    "95 % of linear": "linear_interval",
+    "loss": "loss",
+    "contrast top-1": "contrast_top1",
+    "minutes": "minutes",
+}
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -122,6 +131,7 @@ def tabulate(versions: Mapping[str, Sequence[Evaluation]]) -> dict[str, list[dic
         for evaluation in evaluations:
             result = evaluation.result
             row = {name: round(result[name], 2) for name in ("knn_top1", "linear_top1")}
+            row["linear_interval"] = [round(end, 2) for end in result["linear_top1_ci95"]]
             row["commit"] = result["provenance"]["commit"]
             if result["encoder"] != "random":
                 row |= summarize(evaluation.folder.parents[1], result["epoch"])
@@ -129,23 +139,26 @@ def tabulate(versions: Mapping[str, Sequence[Evaluation]]) -> dict[str, list[dic
     return table
 
 
-def format_table(table: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """A line for each version: means and sample deviations over its runs."""
-    columns = {
-        "kNN": "knn_top1",
-        "linear": "linear_top1",
-        "loss": "loss",
-        "contrast top-1": "contrast_top1",
-        "minutes": "minutes",
-    }
-    lines = [" " * 12 + "".join(f"{title:>16}" for title in columns)]
+def cells_of(table: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[str]]:
+    """For each version a cell for each of COLUMNS: means and sample deviations over its runs."""
+    cells = {}
     for version, rows in table.items():
-        line = f"{version:<12}"
-        for name in columns.values():
+        cells[version] = []
+        for name in COLUMNS.values():
             values = [row[name] for row in rows if name in row]
-            cell = f"{statistics.fmean(values):.2f}" if values else ""
-            if len(values) > 1:
-                cell += f" ± {statistics.stdev(values):.2f}"
-            line += f"{cell:>16}"
-        lines.append(line.rstrip())
-    return "\n".join(lines)
+            if not values or name == "linear_interval":
+                cell = f"{values[0][0]:.2f} to {values[0][1]:.2f}" if len(values) == 1 else ""
+            else:
+                cell = f"{statistics.fmean(values):.2f}"
+                cell += f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells[version].append(cell)
+    return cells
+
+
+def format_table(table: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """A line for each version, the cells below their titles."""
+    lines = {"": list(COLUMNS), **cells_of(table)}
+    return "\n".join(
+        f"{version:<12}{''.join(f'{cell:>16}' for cell in cells)}".rstrip()
+        for version, cells in lines.items()
+    )

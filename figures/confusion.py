@@ -19,7 +19,7 @@ def confusion_figure(confusion: ArrayLike, result: Mapping[str, Any]) -> Figure:
     share = 100 * counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     classes = len(share)
     side = 8 if classes > 6 else 6
-    figure = Figure(figsize=(side, side), layout="constrained")
+    figure = Figure(figsize=(side, 0.87 * side), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
     if classes <= 20:

@@ -145,8 +145,7 @@ def accuracy_by_version_figure(data: Mapping[str, Any]) -> Figure:
     axes.set_title(note, fontsize=10, color=style.GREY, loc="right")
     style.tidy(axes)
     style.widen(axes)
-    entries = axes.get_legend_handles_labels()
-    figure.legend(*entries, loc="outside right center", frameon=False, title="last epoch")
+    style.legend_below(figure, [axes], ncols=2, title="last epoch")
     return figure
 
 

@@ -84,7 +84,10 @@ def neighbours_figure(data: Mapping[str, np.ndarray]) -> Figure:
             _draw_row(axes, data, e, i, corner=(width * (i // lines), ROW * (i % lines)))
         style.place_tiles(axes, xlim=(-0.05, 2 * width - 0.55), ylim=(ROW * lines - 0.2, -0.42))
         share = f"{data['encoders'][e]}: {data['share'][e]:.1f} %"
-        title = f"{share} of the {k} nearest training images are of the test image's class"
+        if e == 0 and encoders > 1:
+            gain = data["share"][0] - data["share"][1]
+            share += f" ({gain:+.1f} points)"
+        title = f"{share} of the {k} nearest are of the test image's class"
         axes.set_title(title, fontsize=10, loc="left", fontweight="bold", parse_math=False)
     right, wrong = (Rectangle((0, 0), 1, 1, **FRAMES[each]) for each in (True, False))
     bank, tests = int(data["bank"]), int(data["tests"])

@@ -1,7 +1,11 @@
 """What the figures share: colours, axes, tiles of pixels, and how a figure becomes a file."""
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import json
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +28,31 @@ TITLES |= {"shapes": "the built-in images"}
 def save(path: Path, figure: Figure, dpi: int = 200) -> None:
     """Write a figure as PNG, whole or not at all."""
     utils.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+
+
+def write_data(path: Path, content: Mapping[str, Any]) -> None:
+    """Arrays as .npz; numbers as .json, a line for each key."""
+    if path.suffix == ".npz":
+        utils.atomic_write(path, lambda file: np.savez_compressed(file, **content))
+    else:
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
+        text = "{\n" + ",\n".join(lines) + "\n}\n"
+        utils.atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def read_data(path: Path) -> dict[str, Any]:
+    """What `write_data` wrote; UserError if that cannot be read."""
+    content = None
+    with contextlib.suppress(OSError, EOFError, ValueError, zipfile.BadZipFile):
+        if path.suffix == ".npz":
+            with np.load(path) as arrays:
+                content = dict(arrays)
+        else:
+            content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not content:
+        reason = f"{str(path)!r} is missing or damaged"
+        raise utils.UserError(f"{reason}: draw without --redraw")
+    return content
 
 
 def colour_of(version: str, versions: Iterable[str]) -> str:

@@ -99,15 +99,17 @@ def describe_differences(runs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     return {version: {n: each.get(n) for n in differ} for version, each in settings.items()}
 
 
-def label(differences: Mapping[str, Any]) -> str:
-    """Settings in a few words, as the paper writes them: m = 0.9, shuffled."""
-    words = []
-    for name, value in differences.items():
-        if name == "shuffle_bn":
-            words.append("shuffled" if value else "not shuffled")
-        else:
-            words.append(f"{SYMBOLS.get(name, name)} = {show(value)}")
-    return ", ".join(words)
+def label_versions(runs: Mapping[str, Path]) -> dict[str, str]:
+    """What sets each version apart, in few words: m = 0.9, shuffled."""
+    return {version: label(each) for version, each in describe_differences(runs).items()}
+
+
+def label(settings: Mapping[str, Any]) -> str:
+    shuffled = {True: "shuffled", False: "not shuffled"}
+    return ", ".join(
+        shuffled[value] if name == "shuffle_bn" else f"{SYMBOLS.get(name, name)} = {show(value)}"
+        for name, value in settings.items()
+    )
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def test_one_trial_has_no_spread() -> None:
 
 def test_accuracy_by_epoch() -> None:
     accuracy = {"60": make_curves(top=72.0), "20": make_curves(), "40": make_curves(top=71.0)}
-    data = {"accuracy": accuracy, "name": "M3 on stl10", "spread": "trial"}
+    data = {"accuracy": accuracy, "name": "M3 on STL-10", "spread": "trial"}
     figure = curves.accuracy_by_epoch_figure(data)
     left, right = figure.axes
     ordered = [accuracy[epoch] for epoch in ("20", "40", "60")]
@@ -197,7 +197,7 @@ def test_accuracy_of_one_evaluation() -> None:
     for line, curve in zip(lines[:3], make_curves().tolist(), strict=True):
         assert list(line.get_ydata()) == pytest.approx(curve)
     assert set(lines[3].get_ydata()) == {61.0}
-    assert figure.axes[0].get_title() == "resnet50, epoch 100, on stl10"
+    assert figure.axes[0].get_title() == "resnet50, epoch 100, on STL-10"
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["linear, 3 trials: 74.2 %", "kNN, k = 200: 61.0 %"]
     read_figure(figure)
@@ -206,8 +206,11 @@ def test_accuracy_of_one_evaluation() -> None:
 @pytest.mark.parametrize(
     "change, title",
     [
-        ({"epoch": None}, "resnet50, foreign.pth, on stl10"),
-        ({"encoder": "random", "checkpoint": None, "epoch": None}, "resnet50, untrained, on stl10"),
+        ({"epoch": None}, "resnet50, foreign.pth, on STL-10"),
+        (
+            {"encoder": "random", "checkpoint": None, "epoch": None},
+            "resnet50, untrained, on STL-10",
+        ),
     ],
 )
 def test_the_title_says_which_encoder_was_evaluated(change: dict, title: str) -> None:

@@ -158,9 +158,11 @@ def test_neighbours_figure_marks_the_wrong_ones_in_colour_line_and_cross() -> No
             within = [x < a < x + 1 and y < b < y + 1 for a, b in crosses]
             assert sum(within) == (0 if is_right else 1)
         assert len(crosses) == (~right).sum()
-        share = f"{data['encoders'][e]}: {data['share'][e]:.1f} % of the 6 nearest"
+        share = f"{data['encoders'][e]}: {data['share'][e]:.1f} %"
         assert axes.get_title(loc="left").startswith(share)
     assert len(figure.axes) == 2
+    gain = data["share"][0] - data["share"][1]
+    assert f"({gain:+.1f} points)" in figure.axes[0].get_title(loc="left")
     title = figure.legends[0].get_title().get_text()
     assert "60 training images" in title and "25 test images" in title
     read_figure(figure)

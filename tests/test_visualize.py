@@ -1,8 +1,13 @@
 """visualize.py on miniature runs: which results it uses, and what it draws."""
 
+import base64
+import html
 import json
 import math
+import re
+import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,7 +16,9 @@ from evaluation_data import class_folders, fabricated_run
 from PIL import Image
 from scripts import assert_one_line_error, run
 
+import config
 import utils
+from config import TrainSettings
 from evaluation.compare import curves_of
 from evaluation.results import Evaluation, read_evaluation
 from run import checkpoints
@@ -74,7 +81,9 @@ def test_figures_of_runs(place: Path) -> None:
             assert len(image.convert("RGB").resize((400, 200)).getcolors(80000)) > 20
     loss = json.loads((home / "figures" / "data" / "loss.json").read_text())
     assert loss.keys() == {"M0", "M1", "M3"}
-    assert all(log.keys() == {"step", "loss", "chance", "drops"} for (log,) in loss.values())
+    assert all(
+        log.keys() == {"step", "loss", "chance", "drops", "label"} for (log,) in loss.values()
+    )
 
     baseline = ["--encoder_exp_version=M3", "--encoder=random"]
     assert run("test", output, data, *baseline, *FAST).returncode == 0
@@ -95,6 +104,36 @@ def test_figures_of_runs(place: Path) -> None:
     assert len(trials_of(home / "M1" / "eval" / "epoch_0001")) == 3
     done = run("visualize", *one)
     assert done.returncode == 0 and "stored" in done.stdout  # no data set is needed
+
+
+def test_a_report_is_one_page_that_needs_nothing_else(place: Path, tmp_path: Path) -> None:
+    flags = [f"--encoder_output_root={place}/output", f"--dataset_root={place}/data", *FAST]
+    flags += ["--multiple_encoder_exp_version", "M1", "M3", "--report"]
+    here = f"--result_path={tmp_path}"
+    done = run("visualize", *flags, here)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)|https?://|url\(|@import|<script", page)
+    embedded = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    files = {path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert {base64.b64decode(picture) for picture in embedded} == files and len(files) == 6
+    data = json.loads((tmp_path / "data" / "report.json").read_text())
+    for text in (*data["commands"], *data["table"]["M3"], "not all runs were trained with"):
+        assert text in html.unescape(page), text
+    words = shlex.split(data["commands"][0])[2:]  # of train.py, which give the run's settings
+    saved = config.read_yaml(place / "output" / "IMAGENET-64" / "M1" / "config.yaml")
+    assert asdict(config.parse(TrainSettings, words)) == {
+        **asdict(config.parse(TrainSettings, [])),
+        **saved,
+    }
+
+    done = run("visualize", "--redraw", here, "--report")
+    assert done.returncode == 0 and (tmp_path / "report.html").read_text() == page
+    flags = [f"--encoder_output_root={place}/output", "--encoder_exp_version=M3", "--report"]
+    assert run("visualize", *flags, "--knn_k=7", here).returncode == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "M3, epoch 2 has no result with these settings" in page  # in its place
+    assert "not drawn, no --dataset_root was given" in page and "None: one run" in page
 
 
 def test_a_result_of_another_measure_or_data_set_or_a_damaged_one_is_not_used(
@@ -276,13 +315,17 @@ def test_damaged_data_are_said_when_figures_are_redrawn(place: Path, tmp_path: P
     assert run("visualize", *flags, results, "--figures", "loss", "filters").returncode == 0
     for content in (b"PK", b"", b"some text"):
         (tmp_path / "data" / "filters.npz").write_bytes(content)
-        assert_one_line_error(run("visualize", "--redraw", results), "the figure filters in")
+        assert_one_line_error(
+            run("visualize", "--redraw", results), "filters.npz' is missing or damaged"
+        )
     done = run("visualize", "--redraw", results, "--figures", "loss")
     assert done.returncode == 0, done.stderr
     (tmp_path / "data" / "filters.npz").unlink()
     for content in ("{", "{}", "[]", "\xff"):
         (tmp_path / "data" / "loss.json").write_text(content, encoding="latin-1")
-        assert_one_line_error(run("visualize", "--redraw", results), "the figure loss in")
+        assert_one_line_error(
+            run("visualize", "--redraw", results), "loss.json' is missing or damaged"
+        )
 
 
 def test_without_scikit_learn_the_map_is_left_out_and_said(
