@@ -18,10 +18,10 @@ PROCESSES := $$(( $$(getconf _NPROCESSORS_ONLN) + 1 ))
 demo: .venv/installed
 	@start=$$(date +%s) && \
 	$(RUN) train.py --preset demo --overwrite && \
-	$(RUN) test.py --preset demo && \
 	$(RUN) test.py --preset demo --encoder random && \
-	$(RUN) visualize.py --preset demo && \
-	echo "demo     $$(( $$(date +%s) - start )) s without the installation"
+	$(RUN) test.py --preset demo && \
+	$(RUN) visualize.py --preset demo --report && \
+	echo "demo     $$(( $$(date +%s) - start )) s; open output/SHAPES/figures/report.html"
 
 test: .venv/installed-dev
 	$(RUN) -m pytest -n $(PROCESSES) -o tmp_path_retention_policy=failed \

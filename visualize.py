@@ -203,6 +203,8 @@ def collect_accuracies(
     untrained = compare.find_untrained(of_versions.values())
     table = compare.tabulate(of_versions | ({"untrained": untrained} if untrained else {}))
     say(compare.format_table(table))
+    if untrained:
+        say(compare.describe_gain(table))
     spread = "seed" if len(settings.seeds or []) > 1 else "trial"
     collected = {}
     collected["versions"] = {

@@ -162,3 +162,17 @@ def format_table(table: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         f"{version:<12}{''.join(f'{cell:>16}' for cell in cells)}".rstrip()
         for version, cells in lines.items()
     )
+
+
+def describe_gain(table: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """What the last version gained over the untrained encoder."""
+    *_, version = (name for name in table if name != "untrained")
+
+    def change(name: str) -> str:
+        trained, untrained = (
+            statistics.fmean(r[name] for r in table[v]) for v in (version, "untrained")
+        )
+        return f"{untrained:.1f} to {trained:.1f} % ({trained - untrained:+.1f} points)"
+
+    knn, linear = change("knn_top1"), change("linear_top1")
+    return f"{version}, from untrained to trained: kNN {knn}, linear classifier {linear}"

@@ -98,6 +98,9 @@ def test_figures_of_runs(place: Path) -> None:
     ):
         result = json.loads((home / folder / "result.json").read_text())
         assert shown[name][:2] == [f"{result['knn_top1']:.2f}", f"{result['linear_top1']:.2f}"]
+    before, after = (float(shown[name][0]) for name in ("untrained", "M3"))
+    gain = f"kNN {before:.1f} to {after:.1f} % ({after - before:+.1f} points)"
+    assert gain in done.stdout.replace("-0.0", "+0.0")
     one = [output, "--multiple_encoder_exp_version", "M1", *FAST]
     done = run("visualize", data, *one, "--trials=3")
     assert "M1, epoch 1: evaluating" in done.stdout  # more trials than are stored
