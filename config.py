@@ -22,7 +22,7 @@ from utils import UserError, atomic_write
 
 CONFIG_FILE = Path(__file__).with_name("config.yaml")
 
-# What a flag means for a run and its result; without a word, it belongs to the run for good.
+# What a flag means for a run and its result. A flag without a trait is fixed for the run's life.
 MAY_CHANGE = "may_change"  # when the run is resumed: the training does not depend on it
 PER_MACHINE = "per_machine"  # as MAY_CHANGE, and it may differ between the machines of a launch
 COMPARABLE = "comparable"  # two results can be compared only where it is the same
@@ -254,13 +254,13 @@ def write(path: Path, settings: Settings) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """yaml.safe_load, but a key that stands twice is an error."""
+    """yaml.safe_load, but a key that appears twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
         keys = [self.construct_object(key) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise UserError(f"the key {key!r} stands twice in a configuration: keep one")
+                raise UserError(f"the key {key!r} appears twice in a configuration: keep one")
         return super().construct_mapping(node, deep)
 
 

@@ -27,8 +27,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{out!r} is there already: name another file, or --overwrite it")
     loaded = encoders.load(settings.checkpoint)
     if loaded.small_stem and form == "detectron2":
-        message = "has a small stem, which Detectron2's ResNet has not: use torchvision or timm"
-        raise UserError(f"{settings.checkpoint!r} {message}")
+        reason = "has a small stem, which Detectron2's ResNet does not have"
+        raise UserError(f"{settings.checkpoint!r} {reason}: use torchvision or timm")
     state = {name: value.contiguous() for name, value in loaded.encoder.state_dict().items()}
     if form == "detectron2":
         content = {"model": rename(state), "__author__": "MoCo", "matching_heuristics": True}

@@ -103,7 +103,7 @@ def train(
         with compute.autocast(settings.precision, launch.device):
             logits, labels, keys = moco(im_q, im_k, shuffle=key_permutation(settings, step))
             if settings.symmetric:  # the views change places; both halves meet the same queue
-                permutation = key_permutation(settings, step, "shuffle back")
+                permutation = key_permutation(settings, step, "shuffle back")  # another stream
                 swapped = moco(im_k, im_q, shuffle=permutation, update=False)
                 halves = zip((logits, labels, keys), swapped, strict=True)
                 logits, labels, keys = map(torch.cat, halves)
@@ -122,7 +122,7 @@ def train(
         if due.row:
             top1 = monitor.top1(launch.state_dict(moco.encoder_q)) if due.knn else math.nan
             keeper.write_row(step, lr, top1, keys, moco.queue)
-            keeper.show(step, batch, [im_q, im_k])
+            keeper.show(due, step, batch, [im_q, im_k])
         if due.save:
             keeper.save(due, step, moco, optimizer)
         if due.stop:

@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
         for name, content in data.items():
             style.write_data(data_path(results, name), content)
         drawn = [name for name in names if name in data]
-    if not drawn:
+    if settings.redraw and not drawn:
         raise UserError(f"--redraw finds nothing in {str(results / 'data')!r}: leave it out")
     pictures = {name: DRAW[name](style.read_data(data_path(results, name))) for name in drawn}
     files = {name: results / FILES[name] for name in drawn}
@@ -97,7 +97,7 @@ def data_path(results: Path, name: str) -> Path:
 
 
 def read_comparison(settings: VisualizeSettings) -> compare.Comparison:
-    """What the flags say; UserError unless all checkpoints are there."""
+    """What the flags say."""
     version = settings.encoder_exp_version
     run = path_of(settings.encoder_output_root, settings.encoder_dataset_name, version)
     return compare.Comparison(
@@ -106,7 +106,7 @@ def read_comparison(settings: VisualizeSettings) -> compare.Comparison:
         epoch=settings.load_pretrained_epoch,
         version=version,
         epochs=sorted(settings.multiple_pretrained_epoch or []),
-        seeds=settings.seeds,
+        seeds=settings.seeds or None,
     )
 
 
@@ -119,7 +119,7 @@ def check_flags(settings: VisualizeSettings, names: list[str]) -> None:
         raise UserError(f"visualize.py runs as one process: {remedy}")
     of_images = [name for name in names if name in OF_IMAGES]
     if settings.dataset_root is None and settings.figures and of_images:
-        raise UserError(f"--dataset_root is missing: {of_images[0]} are drawn from its images")
+        raise UserError(f"--dataset_root is missing: {of_images[0]} is drawn from its images")
 
 
 def collect(
@@ -128,34 +128,27 @@ def collect(
     """The data of the figures; evaluates what has no result. Errors come before any work."""
     check_flags(settings, names)
     comparison = read_comparison(settings)
-    launch = parallel.open_launch(settings.device)
+    if {*names} - {"loss", "knn"}:  # those need the log alone
+        comparison.check()
     data: dict[str, dict[str, Any]] = {}
     missing = {}  # from the report, by figure: why
     if "loss" in names or "knn" in names:
         curves_of = collect_curves(comparison, settings.loss_exp_version)
         data |= {name: curves for name, curves in curves_of.items() if curves and name in names}
         missing["knn"] = "not all runs were trained with --knn_every"
-    if "versions" in names:
-        try:
-            data |= collect_accuracies(settings, comparison, launch)
-        except UserError as error:
-            if not settings.report or settings.dataset_root is not None:
-                raise
-            missing["versions"] = str(error)
-    run = comparison.runs(comparison.versions[-1])[0]
-    subject = load_subject(replace(settings, encoder_exp_version=run.name))
-    encoders = {"trained": subject.encoder, "untrained": untrained_encoder(subject.settings)}
-    if "filters" in names:
-        weights = {name: encoder.conv1.weight for name, encoder in encoders.items()}
-        data["filters"] = filters.filters_data(weights)
+    with parallel.open_launch(settings.device) as launch:
+        if "versions" in names:
+            try:
+                data |= collect_accuracies(settings, comparison, launch)
+            except UserError as error:
+                if not settings.report or settings.dataset_root is not None:
+                    raise
+                missing["versions"] = str(error)
+        if {*names} & {*OF_IMAGES, "filters"}:
+            data |= collect_pictures(settings, names, comparison, launch)
     if settings.dataset_root is None:
         missing |= dict.fromkeys(OF_IMAGES, "no --dataset_root was given")
-    else:
-        if "views" in names:
-            data["views"] = collect_views(settings, subject.settings)
-        if "neighbours" in names or "embedding" in names:
-            data |= collect_features(settings, names, subject, encoders, launch)
-            missing["embedding"] = "scikit-learn is not installed, or the labelled images are few"
+    missing["embedding"] = missing.get("embedding", "it needs scikit-learn and labelled images")
     if settings.report:
         missing = {name: why for name, why in missing.items() if name in names}
         data["report"] = collect_report(comparison, data.get("versions"), missing, command)
@@ -166,7 +159,7 @@ def collect_curves(
     comparison: compare.Comparison, versions: list[str] | None
 ) -> dict[str, dict[str, Any]]:
     """`loss` and `knn` of versions: of those given, or of the compared ones and M0 where it is."""
-    if versions is None:
+    if not versions:
         m0 = all((run / "log.csv").exists() for run in comparison.runs("M0"))
         versions = list(dict.fromkeys(["M0"] * m0 + comparison.versions))
     runs = {version: comparison.runs(version) for version in versions}
@@ -224,6 +217,26 @@ def collect_accuracies(
     return collected
 
 
+def collect_pictures(
+    settings: VisualizeSettings,
+    names: list[str],
+    comparison: compare.Comparison,
+    launch: parallel.Launch,
+) -> dict[str, dict[str, np.ndarray]]:
+    """What the last version's encoder sees, beside the untrained one."""
+    run, data = comparison.runs(comparison.versions[-1])[0], {}
+    subject = load_subject(replace(settings, encoder_exp_version=run.name))
+    encoders = {"trained": subject.encoder, "untrained": untrained_encoder(subject.settings)}
+    if "filters" in names:
+        weights = {name: encoder.conv1.weight for name, encoder in encoders.items()}
+        data["filters"] = filters.filters_data(weights)
+    if settings.dataset_root is not None and "views" in names:
+        data["views"] = collect_views(settings, subject.settings)
+    if settings.dataset_root is not None and {"neighbours", "embedding"} & {*names}:
+        data |= collect_features(settings, names, subject, encoders, launch)
+    return data
+
+
 def collect_report(
     comparison: compare.Comparison,
     results: Mapping[str, Any] | None,
@@ -233,6 +246,7 @@ def collect_report(
     """What report.html says beside the figures."""
     runs = {version: comparison.runs(version) for version in comparison.versions}
     settings = {folder: read_settings(folder) for folders in runs.values() for folder in folders}
+    settings = {folder: values for folder, values in settings.items() if values}
     training = [config.words_of(TrainSettings, values) for values in settings.values()]
     made_by = provenance()
     versions = f"torch {made_by['torch']}, Python {made_by['python']}, {made_by['machine']}"
@@ -263,14 +277,12 @@ def collect_views(settings: VisualizeSettings, training: TrainSettings) -> dict[
     batch = images.fetch(chosen)
     grid = images.resize if images.native == images.resize else None
     recipe = augment.training_recipe(training, grid)
-    params = [
-        augment.draw(batch.aspect, recipe, generator(settings.seed, stream))
-        for stream in ("query", "key")
-    ]
+    randoms = [generator(settings.seed, stream) for stream in ("query", "key")]
+    rows = slice(0, len(chosen))
     return views.views_data(
         batch.images,
         batch.aspect,
-        [augment.augment(batch.images, each, recipe) for each in params],
+        augment.views(batch.images, batch.aspect, recipe, randoms, len(chosen), rows),
         mean=training.mean,
         std=training.std,
         names=style.class_names(images.classes, batch.labels),

@@ -1,5 +1,6 @@
 """Results of several runs, side by side."""
 
+import shlex
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,8 +9,9 @@ from typing import Any
 
 import torch
 
+import config
 from config import TestSettings
-from evaluation.results import Evaluation, find_stored, is_baseline, read_evaluation
+from evaluation.results import SETTINGS, Evaluation, find_stored, is_baseline, read_evaluation
 from evaluation.subject import Subject, load_subject
 from run import checkpoints
 from run.curves import summarize
@@ -36,7 +38,7 @@ class Comparison:
     epochs: list[int]
     seeds: list[int] | None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """UserError unless all checkpoints are there."""
         needed = [(version, self.epoch) for version in self.versions]
         needed += [(self.version, epoch) for epoch in self.epochs]
@@ -83,19 +85,33 @@ def evaluate_runs(
 def find_untrained(versions: Iterable[Sequence[Evaluation]]) -> list[Evaluation]:
     """The encoders that the runs started from, measured in the same way: one for each seed.
 
-    Each is that of the first version that has one; if one is missing, there are none.
+    Each is that of the first version that has one. Returns [] if any is missing.
     """
     found = []
     for same_seed in zip(*versions, strict=True):
         baseline = next(filter(None, map(find_baseline, same_seed)), None)
         if baseline is None:
-            run = same_seed[0].folder.parents[1].name
-            command = f"test.py --encoder_exp_version {run} --encoder random"
-            reason = f"that of {run} was not measured in the same way ({command})"
+            reason = f"measure it alike by {baseline_command(same_seed[0])}"
             warn(f"untrained encoders are not shown: {reason}")
             return []
         found.append(baseline)
     return found
+
+
+def baseline_command(trained: Evaluation) -> str:
+    """The command that measures the untrained encoder as the trained one was measured."""
+    run, result = trained.folder.parents[1], trained.result
+    values = {name: result[key] for name, key in SETTINGS.items()}
+    values |= {
+        "encoder_output_root": str(run.parents[1]),
+        "encoder_dataset_name": run.parent.name,
+        "encoder_exp_version": run.name,
+        "encoder": "random",
+        "dataset_root": result["dataset_root"],
+        "crop": result["crop"],
+    }
+    given = {name: value for name, value in values.items() if value is not None}
+    return shlex.join(["python", "test.py", *config.words_of(TestSettings, given)])
 
 
 def find_baseline(evaluation: Evaluation) -> Evaluation | None:

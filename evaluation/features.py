@@ -13,6 +13,7 @@ import dataloader
 import parallel
 import utils
 from evaluation.subsets import Subset
+from model import to_device
 from run import compute
 
 
@@ -60,7 +61,7 @@ class Extractor:
         device, workers = self.launch.device, self.num_workers
         options = {"failures": images.failures, "pin": device.type == "cuda"}
         for batch in dataloader.iterate(images.dataset, batches, num_workers=workers, **options):
-            yield replace(batch, images=batch.images.to(device, non_blocking=True))
+            yield replace(batch, images=to_device(batch.images, device))
 
     def encode(self, x: Tensor) -> Tensor:
         """Outputs float32 (N, D) for normalised images (N, 3, H, W)."""

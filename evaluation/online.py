@@ -15,6 +15,7 @@ from config import TestSettings
 from evaluation.features import Extractor, Features, dataset_features, freeze
 from evaluation.linear import Classifiers, check_finite, measure_top1, top_classes
 from evaluation.subsets import Subset
+from model import to_device
 
 
 @dataclass(frozen=True)
@@ -133,5 +134,5 @@ def encode_epoch(
         (view,) = augment.views(images, aspect, recipe, randoms, batch_size, own, dtype)
         with torch.set_grad_enabled(settings.finetune):
             outputs = extractor.encode(view)
-        labels = batch.labels.to(launch.device, non_blocking=True)
+        labels = to_device(batch.labels, launch.device)
         yield launch.gather(outputs, batch_size), launch.gather(labels, batch_size)

@@ -23,7 +23,7 @@ class Subject:
     home: Path
     stem: str
     crop: int
-    found: str  # what the file holds, where that is news
+    found: str  # what was recognised in the file, to tell the user
     settings: TrainSettings  # of its training; train.py's defaults where they are not known
     # for result.json: encoder, arch, checkpoint, epoch, step, first_weights
     record: dict[str, Any]

@@ -107,14 +107,15 @@ def knn_figure(versions: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 def _draw_mean(
     axes: Axes, runs: Sequence[Mapping[str, Any]], x: str, y: str, color: str, **look: Any
 ) -> None:
-    """The mean of runs, as long as all of them go on, and their sample deviation as a band."""
-    length = min(len(run[x]) for run in runs)
-    values = np.array([run[y][:length] for run in runs])
+    """The mean of runs where all of them were measured, and their sample deviation as a band."""
+    curves = [dict(zip(run[x], run[y], strict=True)) for run in runs]
+    places = sorted(set.intersection(*map(set, curves)))
+    values = np.array([[curve[place] for place in places] for curve in curves])
     mean = values.mean(axis=0)
     if len(runs) > 1:
-        deviation, band = values.std(axis=0, ddof=1), {"color": color, "alpha": 0.2}
-        axes.fill_between(runs[0][x][:length], mean - deviation, mean + deviation, **band, lw=0)
-    axes.plot(runs[0][x][:length], mean, color=color, **look)
+        std = values.std(axis=0, ddof=1)
+        axes.fill_between(places, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
+    axes.plot(places, mean, color=color, **look)
 
 
 # ---------------------------------------------- accuracies: (trials or seeds, epochs), in percent

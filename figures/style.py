@@ -85,7 +85,7 @@ def with_label(version: str, label: str | None) -> str:
 
 
 def legend_below(figure: Figure, panels: Iterable[Axes], ncols: int, title: str = "") -> None:
-    """A legend of the panels below them, in which an entry that several panels have stands once."""
+    """A legend of the panels below them, duplicates are shown once."""
     entries = {}
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()

@@ -53,7 +53,9 @@ def read_knn(folder: Path) -> dict[str, Any] | None:
     `effective_rank` of the queue.
     """
     log = read_log(folder)
-    top1 = log.get("knn_top1", [])
+    if not {"epoch", "knn_top1", "effective_rank"} <= log.keys():
+        return None
+    top1 = log["knn_top1"]
     measured = [i for i, value in enumerate(top1) if not math.isnan(value)]
     ends = [i for i in measured if log["step"][i]]  # kNN is measured where an epoch ends
     if not ends:

@@ -66,9 +66,10 @@ class Value:
             return text
         with contextlib.suppress(ValueError):
             value = float(text)
-            whole = value.is_integer() or self.type is float
-            if self.low <= value <= self.high and whole and math.isfinite(value):
-                return self.type(value)
+            if self.type is int:  # 1e6 is one, too, but not every large one is a float
+                value = int(value) if "e" in text.lower() and value.is_integer() else int(text)
+            if self.low <= value <= self.high and math.isfinite(value):
+                return value
         raise argparse.ArgumentTypeError(f"{text!r} is not valid: it must be {self}")
 
     def __str__(self) -> str:
@@ -82,7 +83,7 @@ class Value:
         """The options of argparse's add_argument."""
         if self.type is bool:
             return {"action": argparse.BooleanOptionalAction}
-        options = {"type": self, "nargs": (self.count or "+") if self.many else None}
+        options = {"type": self, "nargs": (self.count or "*") if self.many else None}
         return options | ({"choices": self.choices} if self.choices else {"metavar": name.upper()})
 
 
@@ -103,7 +104,7 @@ class Parser(argparse.ArgumentParser):
 def add_flags(parser: Parser, cls: type, defaults: Mapping[str, Any]) -> None:
     """Add a flag for each field of a settings class, with its default in the help.
 
-    What has no default must be given: text by its place, all else by its flag.
+    What has no default must be given: strings by their place, the rest by their flags.
     """
     fields = dataclasses.fields(cls)
     titles = dict.fromkeys(field.metadata["group"] for field in fields)
@@ -128,8 +129,11 @@ def to_words(cls: type, values: Mapping[str, Any]) -> list[str]:
         if name not in values:
             continue
         value = values[name]
-        if takes.type is bool and not isinstance(value, bool):
-            raise UserError(f"--{name}: {value!r} is not valid: it must be true or false")
+        if isinstance(value, bool) != (takes.type is bool):
+            must = "true or false" if takes.type is bool else str(takes)
+            raise UserError(f"--{name}: {value!r} is not valid: it must be {must}")
+        if value is None and takes.word != "null" and not takes.many:
+            raise UserError(f"--{name}: null is not valid: it must be {takes}")
         if takes.type is bool:
             words.append(f"--{name}" if value else f"--no-{name}")
         elif not takes.many:

@@ -131,7 +131,7 @@ class Keeper:
         if self.board is not None:
             self.board.scalars(row)
 
-    def show(self, step: int, batch: Batch, views: list[Tensor]) -> None:
+    def show(self, due: Due, step: int, batch: Batch, views: list[Tensor]) -> None:
         """For TensorBoard: some views and, after a kNN, neighbours and features."""
         epoch_ends = step % self.steps_per_epoch == 0
         if self.board is None or not (epoch_ends or step == self.settings.log_every):
@@ -147,7 +147,7 @@ class Keeper:
             std=self.settings.std,
         )
         self.board.figure("views", view_figures.views_figure(data), step)
-        if self.monitor is None or self.monitor.bank.features is None:
+        if not due.knn:
             return
         bank, queries = self.monitor.bank, self.monitor.queries
         k = min(6, len(bank))

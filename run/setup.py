@@ -59,7 +59,7 @@ def check_sizes(settings: TrainSettings, dataset: Dataset) -> None:
     if settings.num_keys > images:
         raise UserError(
             f"--num_keys {settings.num_keys} is larger than the data set ({images} images), so "
-            f"every image would meet itself as a negative: use at most {images}"
+            f"each image's old key would be among its negatives: use at most {images}"
         )
     if settings.batch_size > images:
         raise UserError(
@@ -133,16 +133,16 @@ def compare_processes(
     local = config.names_with(TrainSettings, config.PER_MACHINE)
     shared = {n: v for n, v in dataclasses.asdict(settings).items() if n not in local}
     seen = {
-        "checkpoint (its step is": step,
-        "settings (their checksum is": zlib.crc32(repr(sorted(shared.items())).encode()),
-        "data set (its images are": len(dataset),
-        "labelled images for --knn_every (they are": monitor_images,
+        "step of the checkpoint": step,
+        "checksum of the settings": zlib.crc32(repr(sorted(shared.items())).encode()),
+        "number of images": len(dataset),
+        "number of labelled images for --knn_every": monitor_images,
     }
-    for name, value in seen.items():
+    for what, value in seen.items():
         lowest, highest = launch.largest([-value, value])
         if -lowest != highest:
             raise UserError(
-                f"the processes do not see the same {name} {value} here, from {-lowest} to "
-                f"{highest} over all): give all machines the same flags and hardware, and "
-                "--output_root and --dataset_root on file systems that they share"
+                f"the processes disagree on the {what}: {value} here, from {-lowest} to {highest} "
+                "over all. Give all machines the same flags and hardware, and --output_root and "
+                "--dataset_root on file systems that they share"
             )

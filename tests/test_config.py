@@ -153,12 +153,14 @@ def test_bad_flags_are_one_line(flags: list[str], message: str):
         ("momentum: high", "--momentum: 'high'"),
         ("momentum: [0.9]", "--momentum"),
         ("shuffle_bn: 1", "--shuffle_bn: 1 is not valid: it must be true or false"),
-        ("lr: true", "--lr: 'True'"),
+        ("lr: true", "--lr: True is not valid"),
         ("- a", "holds no keys"),
         ("a: [", "not valid YAML"),
         ("lr: !!python/object/apply:os.getcwd []", "not valid YAML"),
-        ("lr: 1\nlr: 2", "stands twice"),
-        ("schedule: []", "--schedule"),
+        ("lr: 1\nlr: 2", "appears twice"),
+        ("exp_version: null", "--exp_version: null is not valid: it must be text"),
+        ("exp_version: on", "--exp_version: True is not valid: it must be text"),
+        ("seed: 1.5", "--seed: '1.5'"),
         ("train: {lr: 1}", "unknown key 'train'"),
         ("lr: &a [*a]", "--lr"),
     ],
@@ -178,6 +180,11 @@ def test_a_single_value_serves_as_a_list_in_a_file(tmp_path: Path):
 
 
 def test_words_in_place_of_values():
+    assert train("--schedule").schedule == []  # a constant learning rate
+    assert (
+        train("--seed=9007199254740993").seed == 2**53 + 1
+        and train("--num_keys=1e3").num_keys == 1000
+    )
     cfg = train("--bn_groups=auto", "--pack=null", "--knn_root", "null", "--resize=96")
     assert (cfg.bn_groups, cfg.pack, cfg.knn_root, cfg.resize) == ("auto", None, None, 96)
     cfg = config.parse(

@@ -97,7 +97,7 @@ def test_running_mean_by_hand() -> None:
 
 
 def test_knn_while_training() -> None:
-    """Means over the seeds, as long as all of them go on; the untrained encoders are a line."""
+    """Means over the seeds where all were measured; the untrained encoders are a line."""
     knn = {"epoch": [0, 2, 4], "rank_epoch": [1, 2, 3, 4], "effective_rank": [2.0, 3.0, 4.0, 5.0]}
     runs = [knn | {"knn_top1": [30.0, 40.0, 50.0]}, knn | {"knn_top1": [34.0, 44.0, 58.0]}]
     shorter = {name: values[:2] for name, values in runs[1].items()}
@@ -113,6 +113,8 @@ def test_knn_while_training() -> None:
     figure = curves.knn_figure({"v1": [old]})  # of before the untrained encoder was measured
     assert len(figure.axes[0].get_lines()) == 1
     read_figure(figure)
+    mixed = curves.knn_figure({"v1": [old, runs[0]]}).axes[0].get_lines()[0]
+    assert list(mixed.get_xdata()) == [2] and list(mixed.get_ydata()) == [40]
 
 
 def test_a_tenth_of_a_point_does_not_look_large() -> None:

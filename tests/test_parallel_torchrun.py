@@ -106,5 +106,5 @@ def test_processes_that_see_different_things_stop_before_the_first_step(
         _, err = process.communicate(timeout=120)
         assert (
             process.returncode == 2
-            and f"error: {'process 1: ' * rank}the processes do not see the same {part}" in err
+            and f"error: {'process 1: ' * rank}the processes disagree on the {part}" in err
         ), err
