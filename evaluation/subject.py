@@ -80,6 +80,11 @@ def find_file(settings: TestSettings) -> tuple[Path | None, Path]:
         return Path(settings.pretrained), Path(output) / "eval"
     folder = run.folder.path_of(output, settings.encoder_dataset_name, settings.encoder_exp_version)
     if settings.encoder == "random" and not any(folder.glob("checkpoints/*.pth.tar")):
+        if settings.arch == "auto":
+            raise utils.UserError(
+                f"--encoder random: there is no run {str(folder)!r} whose untrained encoder could "
+                "be measured: name one with --encoder_exp_version, or an encoder with --arch"
+            )
         return None, folder / "eval"
     return run.checkpoints.path_of(folder, epoch), folder / "eval"
 

@@ -64,7 +64,7 @@ class Value:
             return None if text == "null" else text
         if self.type is str and text:
             return text
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             value = float(text)
             if self.type is int:  # 1e6 is one, too, but not every large one is a float
                 value = int(value) if "e" in text.lower() and value.is_integer() else int(text)

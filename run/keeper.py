@@ -52,6 +52,7 @@ class Keeper:
         dtype = precision_dtype(settings.precision)
         self.meter = Meter(launch, dtype, settings.batch_size, settings.temperature)
         self.board: Board | None = None
+        self.collapsed = False
 
     def start(self, step: int, monitor: Monitor | None, untrained: float | None) -> Stopwatch:
         """Begin the log, or go on with that of a run which was saved after `step`.
@@ -117,6 +118,7 @@ class Keeper:
         }
         if self.launch.rank == 0:
             self._add_row(row)
+        self._warn_of_collapse(row["effective_rank"])
         self.meter.reset()
         left = (self.steps - step) * self.settings.batch_size / row["images_per_second"]
         knn = "" if math.isnan(row["knn_top1"]) else f"kNN {row['knn_top1']:.1f} %  "
@@ -130,6 +132,17 @@ class Keeper:
         self.log.add(row)
         if self.board is not None:
             self.board.scalars(row)
+
+    def _warn_of_collapse(self, rank: float) -> None:
+        """Say it, once, when the keys of the queue leave all but a few directions."""
+        dim = self.settings.feature_dim
+        collapsed = rank < min(5, dim / 4)
+        if collapsed and not self.collapsed:
+            warn(
+                f"the features collapse: the keys in the queue take {rank:.1f} of {dim} directions "
+                "(effective rank): try a higher --momentum, --shuffle_bn or a lower --lr"
+            )
+        self.collapsed = collapsed
 
     def show(self, due: Due, step: int, batch: Batch, views: list[Tensor]) -> None:
         """For TensorBoard: some views and, after a kNN, neighbours and features."""

@@ -59,7 +59,8 @@ def check_sizes(settings: TrainSettings, dataset: Dataset) -> None:
     if settings.num_keys > images:
         raise UserError(
             f"--num_keys {settings.num_keys} is larger than the data set ({images} images), so "
-            f"each image's old key would be among its negatives: use at most {images}"
+            "each image's old key would be among its negatives: "
+            f"use --num_keys {fitting_keys(images)}"
         )
     if settings.batch_size > images:
         raise UserError(
@@ -99,27 +100,36 @@ def announce(
 
 
 def advise(settings: TrainSettings, images: int) -> None:
-    """Warn of a queue or a momentum that do not suit the size of the data set."""
+    """Warn of a queue, a momentum or a schedule that do not suit the data set and its epochs."""
     share = settings.num_keys / images
     if share > 1 / 4:
         warn(
             f"--num_keys {settings.num_keys} is {100 * share:.0f} % of the {images} images, so "
-            "many of a query's negatives are its own image: "
-            f"try {2 ** max(0, math.floor(math.log2(images / 8)))}"
+            f"many of a query's negatives are its own image: try {fitting_keys(images)}"
         )
-    steps = settings.max_epoch * (images // settings.batch_size)
-
-    def moves(m: float) -> bool:  # the key encoder leaves its start behind
-        return round(steps * (1 - m), 6) >= 5
-
-    if not moves(settings.momentum):
-        fitting = [m for m in (0.999, 0.996, 0.99, 0.97, 0.9) if moves(m)]
-        remedy = f"try {fitting[0]}, or more epochs" if fitting else "give it more epochs"
+    steps_per_epoch = images // settings.batch_size
+    steps, m = settings.max_epoch * steps_per_epoch, settings.momentum
+    if round(steps * (1 - m), 6) < 5:  # the key encoder does not leave its start behind
+        remedy = "use --momentum 0.999"
+        if m < 1:
+            epochs = math.ceil(round(5 / (1 - m), 6) / steps_per_epoch)
+            remedy = f"give it --max_epoch {epochs}, or a lower momentum (which may collapse)"
         warn(
-            f"with --momentum {settings.momentum:g} the key encoder moves by "
-            f"{1 - settings.momentum:.2g} of the way to the query encoder in a step, and there "
-            f"are {steps} steps: {remedy}"
+            f"with --momentum {m:g} the key encoder moves by {1 - m:.2g} of the way to the query "
+            f"encoder in a step, and there are {steps} steps: {remedy}"
         )
+    schedule = settings.schedule
+    if schedule and not settings.cosine and min(schedule) >= settings.max_epoch:
+        early = " ".join(str(round(part * settings.max_epoch)) for part in (0.6, 0.8))
+        warn(
+            f"--schedule {config.show(schedule)} begins after --max_epoch {settings.max_epoch}, so "
+            f"the learning rate never falls: try --schedule {early}, or --cosine"
+        )
+
+
+def fitting_keys(images: int) -> int:
+    """The largest power of two for K that is a quarter of the images at most."""
+    return 2 ** max(0, math.floor(math.log2(images / 4)))
 
 
 def compare_processes(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from evaluation_data import ROOT, class_folders, fabricated_run, one_line
-from scripts import run
+from scripts import assert_one_line_error, run
 
 import config
 import model
@@ -88,6 +88,8 @@ def test_a_checkpoint_file(place: Path) -> None:
 
 
 def test_untrained_encoder_without_a_run(place: Path) -> None:
+    done = run("test", *flags_of(place, output="none"), "--encoder=random", "--crop=16")
+    assert_one_line_error(done, "none/IMAGENET-64/v1", "--arch")
     more = ["--encoder=random", "--arch=resnet18", "--crop=16", "--knn_k=200"]
     done = run("test", *flags_of(place, output="none"), *more)
     assert done.returncode == 0, done.stderr

@@ -95,22 +95,50 @@ def test_a_loss_that_is_not_finite_stops_before_a_checkpoint(folders: Path, tmp_
     assert not os.listdir(tmp_path / "IMAGENET-64/v1/checkpoints")
 
 
+def test_a_schedule_that_never_begins_is_warned_of():
+    def advice(*flags: str) -> str:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            setup.advise(
+                config.parse(TrainSettings, ["--num_keys=16", "--max_epoch=50", *flags]), 10**6
+            )
+        return said.getvalue()
+
+    assert "--schedule 120 160 begins after --max_epoch 50" in advice()
+    assert "try --schedule 30 40, or --cosine" in advice()
+    assert (
+        not advice("--cosine") and not advice("--schedule", "30", "90") and not advice("--schedule")
+    )
+
+
+@pytest.mark.parametrize("images", [4, 80, 2000, 1_281_167])
+def test_the_queue_that_is_advised_passes_the_warning(images: int):
+    assert 1 <= setup.fitting_keys(images) <= images / 4 < 2 * setup.fitting_keys(images)
+
+
 def test_small_data_sets_are_advised(folders: Path, tmp_path: Path):
     done = pretrain(folders, tmp_path, "--max_epoch=1", "--num_keys=48", "--momentum=0.999")
-    assert "--num_keys 48 is 60 % of the 80 images" in done.stderr and "try 8" in done.stderr
+    assert "--num_keys 48 is 60 % of the 80 images" in done.stderr and "try 16" in done.stderr
     assert (
         "with --momentum 0.999 the key encoder moves by 0.001 of the way to the query "
-        "encoder in a step, and there are 5 steps: give it more epochs" in done.stderr
+        "encoder in a step, and there are 5 steps: give it --max_epoch 1000, or a" in done.stderr
     )
+    assert "learning rate never falls: try --schedule 1 1, or --cosine" in done.stderr
     for epochs, momentum, advice in (
-        (10, 0.99, "try 0.9, or more epochs"),
+        (10, 0.99, "give it --max_epoch 100, or a lower momentum (which may collapse)"),
+        (100, 0.99, None),  # what was advised
         (10, 0.9, None),
-        (9, 0.9, "give it more epochs"),
-        (100, 1.0, "try 0.99, or more epochs"),
+        (9, 0.9, "give it --max_epoch 10, or a lower momentum (which may collapse)"),
+        (100, 1.0, "use --momentum 0.999"),
     ):
         cfg = config.parse(
             TrainSettings,
-            [f"--max_epoch={epochs}", f"--momentum={momentum}", "--num_keys=16", "--batch_size=16"],
+            [
+                f"--max_epoch={epochs}",
+                f"--momentum={momentum}",
+                "--num_keys=16",
+                "--batch_size=16",
+                "--cosine",
+            ],
         )
         with contextlib.redirect_stderr(io.StringIO()) as said:
             setup.advise(cfg, 80)
@@ -121,7 +149,13 @@ def test_small_data_sets_are_advised(folders: Path, tmp_path: Path):
         )
     assert (
         pretrain(
-            folders, tmp_path, "--max_epoch=2", "--num_keys=16", "--momentum=0.5", "--overwrite"
+            folders,
+            tmp_path,
+            "--max_epoch=2",
+            "--num_keys=16",
+            "--momentum=0.5",
+            "--cosine",
+            "--overwrite",
         ).stderr
         == ""
     )
