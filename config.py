@@ -65,7 +65,8 @@ class TrainSettings:
     mean: list[float] = VIEWS("normalisation: mean of each channel", count=3)
     std: list[float] = VIEWS("normalisation: standard deviation of each channel", 1e-6, count=3)
 
-    arch: str = MODEL("a ResNet of torchvision: resnet*, resnext*, wide_resnet*")
+    arch: str = MODEL("a ResNet of torchvision, or timm:NAME, as timm:vit_small_patch16_224")
+    init: str | None = MODEL("file of weights to start from; null: random ones")
     feature_dim: int = MODEL("C, the width of queries and keys", 1)
     small_stem: bool = MODEL("for images up to 64 px: 3 x 3 first convolution, no max pool")
     mlp: bool = MODEL("MoCo v2's head: Linear-ReLU-Linear")
@@ -79,11 +80,13 @@ class TrainSettings:
     symmetric: bool = OPTIM("each view is query and key; the loss is the mean of both")
     batch_size: int = OPTIM("images in a step, over all devices", 2)
     max_epoch: int = OPTIM("epochs", 1)
-    lr: float = OPTIM("learning rate of SGD")
+    optimizer: Literal["sgd", "adamw"] = OPTIM("adamw: as is usual for ViTs")
+    lr: float = OPTIM("learning rate")
+    warmup_epochs: float = OPTIM("epochs in which the learning rate rises from 0")
     schedule: list[int] = OPTIM("epochs after which the learning rate falls to a tenth")
     cosine: bool = OPTIM("cosine learning rate in place of the schedule")
     sgd_momentum: float = OPTIM("momentum of SGD", 0, 1)
-    weight_decay: float = OPTIM("weight decay of SGD")
+    weight_decay: float = OPTIM("weight decay; with adamw not of biases and norms")
 
     device: str = RUN(
         "auto, cpu, cuda, cuda:N or mps; auto: the fastest there is", trait=MAY_CHANGE

@@ -53,7 +53,7 @@ def _find_kind(root: str) -> ModuleType:
             return kind
     if not Path(root).is_dir():
         raise UserError(
-            f"--dataset_root {root!r} is no folder: give one with class folders, train/ and val/, "
+            f"--dataset_root {root!r} is not a folder: give one with class folders, train/ and val/, "
             "STL-10 (or --download it), CIFAR-10, Fashion-MNIST idx files, or the word shapes"
         )
     raise UserError(

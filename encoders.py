@@ -1,12 +1,13 @@
-"""Image encoders: torchvision's ResNets, untrained or with the weights of a file.
+"""Image encoders: torchvision's ResNets and timm's models, untrained or with a file's weights.
 
 An encoder maps normalised images (N, 3, H, W) to (N, feature_dim); without its head, as evaluation
 and export use it, to pooled features (N, D).
 """
 
+import difflib
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from run import checkpoints
 from utils import UserError, generator
 
 FAMILIES = ["resnet*", "resnext*", "wide_resnet*"]
+TIMM = "timm:"
 ARCHS = torchvision.models.list_models(module=torchvision.models, include=FAMILIES)
 
 
@@ -50,9 +52,21 @@ class OverlapConv2d(nn.Conv2d):
 
 
 def check_arch(arch: str) -> None:
-    """UserError for an architecture that is not one of `ARCHS`."""
-    if arch not in ARCHS:
-        raise UserError(f"--arch {arch!r} is not known: choose one of {', '.join(ARCHS)}")
+    """UserError for an architecture that is neither one of `ARCHS` nor timm:NAME."""
+    if not arch.startswith(TIMM):
+        if arch not in ARCHS:
+            known = f"{', '.join(ARCHS)}, or {TIMM}NAME for a model of timm"
+            raise UserError(f"--arch {arch!r} is not known: choose one of {known}")
+        return
+    try:
+        import timm  # an optional extra
+    except ImportError:
+        raise UserError(f"--arch {arch} needs a package: pip install timm") from None
+    name = arch.removeprefix(TIMM)
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"did you mean {TIMM}{near[0]}?" if near else "timm.list_models() names them"
+        raise UserError(f"--arch {arch!r} is not known to timm: {hint}")
 
 
 def build_encoder(
@@ -61,24 +75,39 @@ def build_encoder(
     *,
     mlp: bool = False,
     small_stem: bool = False,
-    norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    crop: int | None = None,
 ) -> nn.Module:
-    """An untrained ResNet; its output (N, feature_dim) is not yet normalised.
+    """An untrained encoder; its output (N, feature_dim) is not yet normalised.
 
-    `mlp` makes the head that of MoCo v2: Linear-ReLU-Linear (arXiv:2003.04297, section 2).
-    `small_stem`, for images up to 64 px, is a first convolution of 3 x 3 with stride 1 and no
-    max pool, as is usual on CIFAR. `norm_layer` makes a layer for a number of channels.
-    Raises UserError as `check_arch`.
+    `arch` is a ResNet of torchvision, or timm:NAME. `mlp` makes the head that of MoCo v2:
+    Linear-ReLU-Linear (arXiv:2003.04297, section 2). `small_stem`, of a ResNet for images up to
+    64 px, is a first convolution of 3 x 3 with stride 1 and no max pool, as is usual on CIFAR.
+    `crop` is the side of the images, which a ViT must know. Raises UserError as `check_arch`, and
+    for what a model of timm cannot do.
     """
     check_arch(arch)
-    encoder = torchvision.models.get_model(arch, num_classes=feature_dim, norm_layer=norm_layer)
+    if arch.startswith(TIMM):
+        encoder = _build_timm(arch, feature_dim, crop)
+        if small_stem:
+            raise UserError(f"--small_stem is for torchvision's ResNets, not for {arch}")
+    else:
+        encoder = _build_resnet(arch, feature_dim, small_stem)
+    if mlp:
+        path = head_of(arch)
+        last = encoder.get_submodule(path)
+        width = last.in_features
+        mlp_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), last)
+        parent, _, name = path.rpartition(".")
+        setattr(encoder.get_submodule(parent), name, mlp_head)
+    return encoder
+
+
+def _build_resnet(arch: str, feature_dim: int, small_stem: bool) -> nn.Module:
+    encoder = torchvision.models.get_model(arch, num_classes=feature_dim)
     if small_stem:
         encoder.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
         encoder.maxpool = nn.Identity()
-    if mlp:
-        width = encoder.fc.in_features
-        encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), encoder.fc)
     for parent in list(encoder.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Conv2d):
@@ -86,18 +115,69 @@ def build_encoder(
     return encoder
 
 
+def _build_timm(arch: str, feature_dim: int, crop: int | None) -> nn.Module:
+    import timm
+
+    name = arch.removeprefix(TIMM)
+    about = timm.get_pretrained_cfg(name)
+    size = {"img_size": crop} if crop and about.fixed_input_size else {}
+    try:
+        encoder = timm.create_model(name, num_classes=feature_dim, **size)
+        if crop:
+            with torch.no_grad():
+                encoder.eval()(torch.zeros(1, 3, crop, crop))
+            encoder.train()
+    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"timm's {name} does not take images of {crop} px: {reason}") from None
+    if not isinstance(encoder.get_classifier(), nn.Linear):
+        raise UserError(f"--arch {arch} has no linear classifier to make MoCo's head of")
+    return encoder
+
+
+def head_of(arch: str) -> str:
+    """The name of an encoder's head, which in its weights stands before those of the head."""
+    if not arch.startswith(TIMM):
+        return "fc"
+    import timm
+
+    return timm.get_pretrained_cfg(arch.removeprefix(TIMM)).classifier
+
+
+def has_fixed_size(arch: str) -> bool:
+    """Whether an encoder takes images of one size only, as a ViT does."""
+    if not arch.startswith(TIMM):
+        return False
+    import timm
+
+    return bool(timm.get_pretrained_cfg(arch.removeprefix(TIMM)).fixed_input_size)
+
+
+def images_of(arch: str) -> dict[str, Any]:
+    """Side, mean and deviation of the images that published weights are for."""
+    if not arch.startswith(TIMM):
+        return {"crop": 224}
+    import timm
+
+    about = timm.get_pretrained_cfg(arch.removeprefix(TIMM))
+    return {"crop": about.input_size[-1], "mean": list(about.mean), "std": list(about.std)}
+
+
 def build_untrained(
-    arch: str, seed: int, feature_dim: int, mlp: bool, small_stem: bool
+    arch: str, seed: int, feature_dim: int, mlp: bool, small_stem: bool, crop: int
 ) -> nn.Module:
     """The encoder from which a run with these settings starts."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "weights").initial_seed())
-        return build_encoder(arch, feature_dim, mlp=mlp, small_stem=small_stem)
+        return build_encoder(arch, feature_dim, mlp=mlp, small_stem=small_stem, crop=crop)
 
 
 def remove_head(encoder: nn.Module) -> nn.Module:
     """The encoder without its head, changed in place: (N, 3, H, W) to pooled features (N, D)."""
-    encoder.fc = nn.Identity()
+    if hasattr(encoder, "reset_classifier"):  # of timm
+        encoder.reset_classifier(0)
+    else:
+        encoder.fc = nn.Identity()
     return encoder
 
 
@@ -114,8 +194,9 @@ class LoadedEncoder:
     """The encoder of a file, and what the file was found to be."""
 
     encoder: nn.Module  # without head: (N, 3, H, W) to pooled features (N, D)
+    head: dict[str, torch.Tensor]  # the head's weights, by their names in the whole encoder
     arch: str
-    feature_dim: int | None  # width of the head's output; None: the file has no head
+    feature_dim: int | None  # width of the head's output; None: the file has no head of ours
     mlp: bool
     small_stem: bool
     description: str  # for the user
@@ -124,16 +205,19 @@ class LoadedEncoder:
 
 
 def load(path: str | Path, arch: str = "auto") -> LoadedEncoder:
-    """Read the (query) encoder of any file of weights: ours, the reference's, or torchvision's.
+    """Read the (query) encoder of any file of weights: ours, the reference's, or another tool's.
 
-    The shapes tell architecture, stem and head: MoCo v1's or v2's, a classifier, or none.
+    The shapes tell a ResNet's architecture, stem and head: MoCo v1's or v2's, a classifier, or
+    none. A model of timm is known by the file's settings, if they are ours, or by `arch`.
     Raises UserError unless the file holds all weights of one encoder and no others, and agrees
     with its own settings and with `arch`, where that is not "auto".
     """
     checkpoint = checkpoints.load(path, bare=True)
     try:
-        loaded = recognize(checkpoint)
-        said = {} if loaded.settings is None else vars(loaded.settings)
+        settings = read_settings(checkpoint)
+        named, crop = (settings.arch, settings.crop) if settings else (arch, None)
+        loaded = recognize(checkpoint, named if named.startswith(TIMM) else "auto", crop)
+        said = {} if settings is None else vars(settings)
         for name in ("arch", "feature_dim", "mlp", "small_stem"):
             found = getattr(loaded, name)
             if said.get(name, found) != found:
@@ -144,20 +228,31 @@ def load(path: str | Path, arch: str = "auto") -> LoadedEncoder:
             raise UserError(f"its weights are those of a {loaded.arch}, not of a {arch}")
     except UserError as error:
         raise UserError(f"checkpoint {str(path)!r} cannot be used: {error}") from None
-    return loaded
+    return replace(loaded, settings=settings)
 
 
-def recognize(checkpoint: dict[str, Any]) -> LoadedEncoder:
+def recognize(checkpoint: dict[str, Any], arch: str, crop: int | None) -> LoadedEncoder:
     """The encoder of a checkpoint, strictly; UserError if it is incomplete or not known."""
-    weights, is_moco = select_weights(checkpoint["state_dict"])
-    shapes = {(name, value.shape) for name, value in weights.items()}
-    arch = min(ARCHS, key=lambda arch: len(shapes ^ shapes_of(arch)))
-    small_stem = weights["conv1.weight"].shape[2:] == (3, 3)
-    mlp = "fc.2.bias" in weights
-    bias = weights.get("fc.2.bias" if mlp else "fc.bias")
+    tensors = {str(n): t for n, t in checkpoint["state_dict"].items() if torch.is_tensor(t)}
+    if arch == "auto":
+        prefix = find_prefix(checkpoint["state_dict"], "conv1.weight", "layer1.0.conv1.weight")
+    else:
+        with torch.device("meta"):
+            first = next(iter(remove_head(build_encoder(arch, crop=crop)).state_dict()))
+        prefix = find_prefix(checkpoint["state_dict"], first)
+    names = [name for name in tensors if name.startswith(prefix)]
+    weights = {name.removeprefix(prefix): tensors[name] for name in names}
+    if arch == "auto":
+        shapes = {(name, value.shape) for name, value in weights.items()}
+        arch = min(ARCHS, key=lambda arch: len(shapes ^ shapes_of(arch)))
+    is_moco, head = "encoder_q." in prefix, head_of(arch)
+    small_stem = arch in ARCHS and weights["conv1.weight"].shape[2:] == (3, 3)
+    mlp = f"{head}.2.bias" in weights
+    bias = weights.get(f"{head}.2.bias" if mlp else f"{head}.bias")
     feature_dim = None if bias is None else bias.numel()
-    encoder = build_encoder(arch, feature_dim or 128, mlp=mlp, small_stem=small_stem)
-    if not is_moco and not any(name.startswith("fc.") for name in weights):
+    kind = {"mlp": mlp, "small_stem": small_stem, "crop": crop}
+    encoder = build_encoder(arch, feature_dim or 128, **kind)
+    if not is_moco and not any(name.startswith(f"{head}.") for name in weights):
         remove_head(encoder)
     try:
         encoder.load_state_dict(weights)
@@ -165,27 +260,45 @@ def recognize(checkpoint: dict[str, Any]) -> LoadedEncoder:
         reason = " ".join(str(error).partition(":")[2].split())[:160]
         raise UserError(f"its weights are not those of a {arch}: {reason}") from None
 
-    kind = f"MoCo v{2 if mlp else 1} checkpoint" if is_moco else "ResNet weights"
-    head = f"{'MLP' if mlp else 'linear'} head of width {feature_dim}" if feature_dim else "no head"
+    network = "weights" if arch.startswith(TIMM) else "ResNet weights"
+    what = f"MoCo v{2 if mlp else 1} checkpoint" if is_moco else network
+    about = f"{'MLP' if mlp else 'linear'} head of width {feature_dim}"
     return LoadedEncoder(
         encoder=remove_head(encoder),
+        head={name: value for name, value in weights.items() if name.startswith(f"{head}.")},
         arch=arch,
         feature_dim=feature_dim,
         mlp=mlp,
         small_stem=small_stem,
-        description=f"{kind}: {arch}, {'small stem, ' if small_stem else ''}{head}",
-        settings=read_settings(checkpoint),
+        description=f"{what}: {arch}, {'small stem, ' if small_stem else ''}"
+        f"{about if feature_dim else 'no head'}",
+        settings=None,
         checkpoint=checkpoint,
     )
 
 
-def select_weights(state_dict: dict[str, Any]) -> tuple[dict[str, torch.Tensor], bool]:
-    """The weights of the (query) encoder by their plain names, and whether the file is of MoCo."""
-    tensors = {str(name): t for name, t in state_dict.items() if isinstance(t, torch.Tensor)}
-    for prefix in ("module.encoder_q.", "encoder_q.", "module.", ""):
-        if prefix + "conv1.weight" in tensors:
-            names = [name for name in tensors if name.startswith(prefix)]
-            return {name.removeprefix(prefix): tensors[name] for name in names}, "_q." in prefix
+def find_prefix(state_dict: dict[str, Any], *names: str) -> str:
+    """What stands before an encoder's names: "", or as other tools have it "backbone.".
+
+    `names` are some of the encoder's. MoCo's query encoder comes first; key encoders and teachers
+    are left out where there is another. Raises UserError if there is none, or if there are several.
+    """
+    tensors = [str(name) for name, value in state_dict.items() if torch.is_tensor(value)]
+    ends = [name for name in tensors if name.endswith(names[-1])]
+    prefixes = [name.removesuffix(names[-1]) for name in ends]
+    prefixes = [p for p in prefixes if not p or p.endswith(".")]
+    prefixes = [p for p in prefixes if all(p + name in tensors for name in names)]
+    for prefix in prefixes:
+        if prefix.endswith("encoder_q."):
+            return prefix
+    students = [p for p in prefixes if not re.search(r"_k\b|momentum|teacher|ema|target", p)]
+    students = students or prefixes
+    if len(students) == 1:
+        return students[0]
+    if students:
+        raise UserError(
+            f"it holds several encoders ({', '.join(students)}): save one of them alone"
+        )
     first = next(iter(state_dict), "none")
     raise UserError(f"it has neither MoCo's weights nor a ResNet's; its first is {first!r}")
 

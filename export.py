@@ -26,6 +26,8 @@ def main(argv: list[str]) -> None:
     if Path(out).exists() and not settings.overwrite:
         raise UserError(f"{out!r} is there already: name another file, or --overwrite it")
     loaded = encoders.load(settings.checkpoint)
+    if loaded.arch.startswith(encoders.TIMM) and form != "timm":
+        raise UserError(f"{settings.checkpoint!r} is a model of timm: use --format timm")
     if loaded.small_stem and form == "detectron2":
         reason = "has a small stem, which Detectron2's ResNet does not have"
         raise UserError(f"{settings.checkpoint!r} {reason}: use torchvision or timm")
@@ -64,7 +66,9 @@ def normalization(loaded: encoders.LoadedEncoder) -> tuple[np.ndarray, np.ndarra
 
 def lines_for_python(form: str, out: str, loaded: encoders.LoadedEncoder) -> list[str]:
     """The lines that load the result, and what its images must be."""
-    lines = [f'encoder = timm.create_model("{loaded.arch}", num_classes=0)']
+    size = f", img_size={loaded.settings.crop}" if encoders.has_fixed_size(loaded.arch) else ""
+    name = loaded.arch.removeprefix(encoders.TIMM)
+    lines = [f'encoder = timm.create_model("{name}", num_classes=0{size})']
     if form == "torchvision":
         lines = [f'encoder = torchvision.models.get_model("{loaded.arch}")']
         lines.append("encoder.fc = torch.nn.Identity()")

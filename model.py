@@ -5,10 +5,9 @@ He et al. 2019, "Momentum Contrast for Unsupervised Visual Representation Learni
 q query, k key, K queue size, m momentum, T temperature, N batch, C feature dimension.
 """
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -20,26 +19,30 @@ import encoders
 class MoCo(nn.Module):
     """A query encoder, a momentum key encoder, and a queue of keys (section 3, Algorithm 1).
 
-    Args: `arch` a torchvision ResNet; `feature_dim` C; `num_keys` K; `momentum` m in [0, 1];
+    Args: `encoder` a name that `encoders.build_encoder` knows, a module, or a function that makes
+    one: (N, 3, H, W) -> (N, C); `feature_dim` C; `num_keys` K; `momentum` m in [0, 1];
     `temperature` T; `bn_groups` the groups of the batch with batch-norm statistics of their own;
-    `mlp` (v2's head) and `small_stem` as in `encoders.build_encoder`.
+    what else `build_encoder` takes for a name: `mlp` (v2's head), `small_stem`, `crop`.
     Buffers: `queue` (C, K), unit columns; `queue_ptr` (1,), the oldest column.
     """
 
     def __init__(
         self,
-        arch: str = "resnet50",
+        encoder: str | nn.Module | Callable[[], nn.Module] = "resnet50",
         feature_dim: int = 128,
         num_keys: int = 65536,
         momentum: float = 0.999,
         temperature: float = 0.07,
         bn_groups: int = 1,
-        **encoder: bool,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.K, self.m, self.T = num_keys, momentum, temperature
-        norm_layer = partial(GroupBatchNorm2d, num_groups=bn_groups)
-        self.encoder_q = encoders.build_encoder(arch, feature_dim, norm_layer=norm_layer, **encoder)
+        if isinstance(encoder, str):
+            encoder = encoders.build_encoder(encoder, feature_dim, **options)
+        elif not isinstance(encoder, nn.Module):
+            encoder = encoder()
+        self.encoder_q = group_batch_norms(encoder, bn_groups)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(feature_dim, num_keys), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
@@ -125,8 +128,11 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def fill_queue(self, im_k: torch.Tensor) -> None:
         """Enqueue the keys of views (N, 3, H, W), leaving the running statistics as they were."""
-        with keep_buffers(self.encoder_k):
-            self.enqueue(self.encode_keys(im_k))
+        buffers = list(self.encoder_k.buffers())
+        saved = [buffer.clone() for buffer in buffers]
+        self.enqueue(self.encode_keys(im_k))
+        for buffer, value in zip(buffers, saved, strict=True):
+            buffer.copy_(value)
 
 
 def contrastive_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -170,6 +176,14 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         # Where set, it takes the statistics (2, groups, C) in place of `update_running`.
         self.defer: Callable[[torch.Tensor], None] | None = None
 
+    @classmethod
+    def replacing(cls, norm: nn.BatchNorm2d, num_groups: int) -> "GroupBatchNorm2d":
+        """This kind of batch norm in place of another, with its weights and statistics."""
+        options = {name: getattr(norm, name) for name in ("eps", "momentum", "affine")}
+        new = cls(norm.num_features, num_groups, **options)
+        new.load_state_dict(norm.state_dict())
+        return new
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (N, C, H, W) -> the same
         if not self.training or (self.num_groups == 1 and self.defer is None):
             return super().forward(x)
@@ -190,19 +204,30 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         mean, var = statistics.mean(dim=1)
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(var, self.momentum)
-        if self.momentum:
-            self.num_batches_tracked.add_(1)
+        self.num_batches_tracked.add_(1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_groups={self.num_groups}"
 
 
-@contextlib.contextmanager
-def keep_buffers(module: nn.Module) -> Iterator[None]:
-    """A module's buffers end as they began: batch norm normalises, but its averages stay."""
-    saved = [buffer.clone() for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in zip(module.buffers(), saved, strict=True):
-            buffer.copy_(value)
+class GroupBatchNormAct2d(GroupBatchNorm2d):
+    """timm's batch norm with an activation."""
+
+    @classmethod
+    def replacing(cls, norm: nn.BatchNorm2d, num_groups: int) -> "GroupBatchNorm2d":
+        new = super().replacing(norm, num_groups)
+        new.drop, new.act = norm.drop, norm.act
+        return new
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (N, C, H, W) -> the same
+        return self.act(self.drop(super().forward(x)))
+
+
+def group_batch_norms(encoder: nn.Module, num_groups: int) -> nn.Module:
+    """The encoder, with each of its batch norms in `num_groups` groups; changed in place."""
+    for parent in list(encoder.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                kind = GroupBatchNormAct2d if hasattr(child, "act") else GroupBatchNorm2d
+                setattr(parent, name, kind.replacing(child, num_groups))
+    return encoder

@@ -28,12 +28,12 @@ from run.compute import autocast_dtype, pick_device
 from run.splits import chunks, rows_of, shares
 from utils import UserError
 
-BLOCK = 1 << 24  # numbers that a process sends at once: a GPU has no room for all features twice
+BLOCK = 1 << 24  # numbers sent at once: all features at once may not fit on a GPU twice
 TIMEOUT = datetime.timedelta(minutes=10)  # of waiting for the others; torchrun ends a job sooner
 
 
 def several_processes() -> bool:
-    """Whether torchrun started this process, be it with others or alone."""
+    """Whether torchrun started this process, even if it is the only one."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -51,9 +51,7 @@ def open_launch(name: str = "auto") -> "Launch":
         raise UserError("torchrun does not run on mps: use --device cpu, or plain python")
     if device.type == "cuda":
         if device.index is not None:
-            raise UserError(
-                f"--device {name!r} is one GPU for all of torchrun's processes: use cuda"
-            )
+            raise UserError(f"--device {name!r} is one GPU for all torchrun processes: use cuda")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= gpus:
             remedy = f"use --nproc_per_node={gpus}, or --device cpu"
@@ -238,8 +236,8 @@ class Processes(OneDevice):
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         with _explain_lost_process():
             if error is not None and kind is not SystemExit:
-                raise error  # torchrun ends the others
-            dist.barrier()  # all of them come here
+                raise error  # re-raised here so that _explain_lost_process translates it
+            dist.barrier()  # every process reaches this: after an error torchrun ends them
             dist.destroy_process_group()
 
     def wrap(self, encoder: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -298,10 +296,8 @@ class Processes(OneDevice):
         step = max(1, BLOCK // max(1, x[:1].numel()))
         for start in range(0, max(sizes), step):
             rows = min(step, max(sizes) - start)
-            # on the device: NCCL knows no other memory
-            block = torch.zeros(rows, *x.shape[1:], dtype=x.dtype, device=self.device)
-            own = x[start : start + rows]
-            block[: len(own)] = own
+            block = x.new_zeros(rows, *x.shape[1:], device=self.device)  # NCCL: on the GPU only
+            block[: max(0, len(x) - start)] = x[start : start + rows]
             blocks = [torch.empty_like(block) for _ in sizes]
             dist.all_gather(blocks, block)
             for part, got in zip(out.split(sizes), blocks, strict=True):
@@ -327,6 +323,8 @@ class Processes(OneDevice):
     def state_dict(self, module: nn.Module) -> dict[str, Tensor]:
         state = module.state_dict()
         names = [name for name in state if name.endswith(("running_mean", "running_var"))]
+        if not names:  # no batch norm
+            return state
         flat = torch.cat([state[name].flatten() for name in names])
         means = self.total(flat) / self.processes  # each process has as many groups
         parts = means.split([state[name].numel() for name in names])

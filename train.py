@@ -23,6 +23,7 @@ import torch
 import augment
 import config
 import dataloader
+import encoders
 import parallel
 from config import TrainSettings
 from data import store
@@ -84,6 +85,8 @@ def train(
     keeper = Keeper(settings, launch, folder, images=len(dataset))
     moco, optimizer = build_model(settings, launch)
     done = resume.restore(checkpoint, moco, optimizer, keeper.meter) if checkpoint else 0
+    if checkpoint is None and settings.init is not None:
+        load_first_weights(moco, settings)
     spread(moco, settings, launch)
     setup.compare_processes(settings, launch, dataset, done, monitor.images if monitor else 0)
     if checkpoint is None and settings.queue_init == "keys":
@@ -93,6 +96,8 @@ def train(
     moco.train()
     untrained = monitor.top1(launch.state_dict(moco.encoder_q)) if monitor and not done else None
     watch = keeper.start(done, monitor, untrained)
+    if settings.init is not None and not done:
+        keeper.save_start(moco, optimizer)
     for step, batch in enumerate(batches, start=done + 1):
         watch.lap("data")
         lr = learning_rate(settings, epoch=(step - 1) / keeper.steps_per_epoch)
@@ -135,7 +140,7 @@ def train(
 
 
 def build_model(settings: TrainSettings, launch: Launch) -> tuple[MoCo, torch.optim.Optimizer]:
-    """The untrained model, and SGD for its query encoder."""
+    """The model at its start, and the optimizer of its query encoder."""
     torch.manual_seed(generator(settings.seed, "weights").initial_seed())
     moco = MoCo(
         settings.arch,
@@ -146,17 +151,34 @@ def build_model(settings: TrainSettings, launch: Launch) -> tuple[MoCo, torch.op
         bn_groups=settings.bn_groups // launch.devices,
         mlp=settings.mlp,
         small_stem=settings.small_stem,
+        crop=settings.crop,
     )
     dtype = compute.precision_dtype(settings.precision)
     moco.to(launch.device, dtype, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        moco.encoder_q.parameters(),
-        lr=settings.lr,
-        momentum=settings.sgd_momentum,
-        weight_decay=settings.weight_decay,
-        fused=launch.device.type != "mps",
+    options = {"lr": settings.lr, "fused": launch.device.type != "mps"}
+    decay, parameters = settings.weight_decay, list(moco.encoder_q.parameters())
+    if settings.optimizer == "sgd":
+        momentum = settings.sgd_momentum
+        return moco, torch.optim.SGD(parameters, momentum=momentum, weight_decay=decay, **options)
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},  # biases, norms
+    ]
+    return moco, torch.optim.AdamW([group for group in groups if group["params"]], **options)
+
+
+def load_first_weights(moco: MoCo, settings: TrainSettings) -> None:
+    """Put the weights of --init into both encoders: the body, and the head if it fits."""
+    loaded = encoders.load(settings.init, settings.arch)
+    ours = moco.encoder_q.state_dict()
+    head = {n: value for n, value in loaded.head.items() if n in ours}
+    fits = len(head) == len(loaded.head) > 0 and all(ours[n].shape == head[n].shape for n in head)
+    moco.encoder_q.load_state_dict(
+        loaded.encoder.state_dict() | (head if fits else {}), strict=False
     )
-    return moco, optimizer
+    moco.encoder_k.load_state_dict(moco.encoder_q.state_dict())
+    head = "and its head" if fits else "but not its head, which does not fit" if loaded.head else ""
+    say(f"init: {settings.init}, {loaded.description}: the encoder {head}".rstrip())
 
 
 def spread(moco: MoCo, settings: TrainSettings, launch: Launch) -> None:
@@ -182,8 +204,11 @@ def compile_encoders(moco: MoCo, settings: TrainSettings, launch: Launch) -> Non
 
 def learning_rate(settings: TrainSettings, epoch: float) -> float:
     """The learning rate at a moment of training: a cosine, or a tenth after each milestone."""
+    warmup = settings.warmup_epochs
+    if epoch < warmup:
+        return settings.lr * epoch / warmup
     if settings.cosine:
-        return settings.lr * cosine(epoch, settings.max_epoch)
+        return settings.lr * cosine(epoch - warmup, settings.max_epoch - warmup)
     return settings.lr * 0.1 ** sum(epoch >= milestone for milestone in settings.schedule)
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ class UserError(Exception):
 
 
 def guard(main: Callable[[list[str]], None]) -> None:
-    """Run a script's `main`: an error that users can mend becomes one line and exit status 2."""
+    """Run a script's `main`: an error the user can fix becomes one line and exit status 2."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(_Messages, streams)
     try:
@@ -51,9 +52,7 @@ def guard(main: Callable[[list[str]], None]) -> None:
 
 def _stop(message: str) -> None:
     if rank():
-        time.sleep(
-            5
-        )  # the first process likely stops for the same reason, and says so once for all
+        time.sleep(5)  # the first process likely stops for the same reason, and says so for all
     print(message, file=sys.stderr)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         sys.stderr.flush()
@@ -170,19 +169,15 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
 
     Raises UserError if it cannot be written.
     """
-    path, temporary = Path(path), None
+    path = Path(path)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
-        ) as file:
-            temporary = file.name
+        with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-        temporary = None
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         # torch.save on a full disk raises a RuntimeError on top of the OSError
@@ -191,9 +186,8 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
             raise
         raise UserError(f"{str(path)!r} cannot be written: {cause.strerror or cause}") from None
     finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):  # after os.replace it is not there
+            os.unlink(temporary)
 
 
 def sync_folder(folder: Path) -> None:
@@ -202,12 +196,6 @@ def sync_folder(folder: Path) -> None:
     with contextlib.suppress(OSError):  # some file systems cannot, and need not
         os.fsync(number)
     os.close(number)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def check_writable(folder: Path, flag: str) -> None:

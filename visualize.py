@@ -33,7 +33,7 @@ from evaluation.evaluate import evaluate, resolve
 from evaluation.features import Extractor, dataset_features
 from evaluation.knn import nearest
 from evaluation.results import Evaluation, describe_data
-from evaluation.subject import Subject, load_subject, untrained_encoder
+from evaluation.subject import Subject, first_encoder, load_subject
 from evaluation.subsets import Subset
 from figures import confusion, curves, embedding, filters, neighbours, report, style, views
 from run.curves import describe_differences, label_versions, read_knn, read_loss, read_settings
@@ -226,15 +226,19 @@ def collect_pictures(
     """What the last version's encoder sees, beside the untrained one."""
     run, data = comparison.runs(comparison.versions[-1])[0], {}
     subject = load_subject(replace(settings, encoder_exp_version=run.name))
-    encoders = {"trained": subject.encoder, "untrained": untrained_encoder(subject.settings)}
+    encoders = {"trained": subject.encoder, "untrained": first_encoder(subject.settings, run)}
     if "filters" in names:
-        weights = {name: encoder.conv1.weight for name, encoder in encoders.items()}
+        weights = {name: first_filters(encoder) for name, encoder in encoders.items()}
         data["filters"] = filters.filters_data(weights)
     if settings.dataset_root is not None and "views" in names:
         data["views"] = collect_views(settings, subject.settings)
     if settings.dataset_root is not None and {"neighbours", "embedding"} & {*names}:
         data |= collect_features(settings, names, subject, encoders, launch)
     return data
+
+
+def first_filters(encoder: nn.Module) -> torch.Tensor:
+    return next(m.weight for m in encoder.modules() if isinstance(m, nn.Conv2d))
 
 
 def collect_report(

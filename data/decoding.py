@@ -5,7 +5,7 @@ import os
 import warnings
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image
 
 from data.base import Size
 
@@ -30,6 +30,8 @@ def decode(path: str, size: Size) -> tuple[np.ndarray, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on odd metadata of images that Pillow reads well
         with open(path, "rb", opener=_open_at_once) as file, Image.open(file) as image:
+            if image.format == "TIFF":
+                image.load()  # as Pillow does so, it turns the image upright
             orientation = _orientation(image)
             if size.fit == "square":
                 width, height = image.size if orientation < 5 else image.size[::-1]
@@ -68,9 +70,6 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         values = np.nan_to_num(np.asarray(image))
         return _grey(values * 255 if values.max() <= 1 else values)
-    if image.mode == "LAB":
-        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
     return image.convert("RGB")
 
 
@@ -82,6 +81,6 @@ def _orientation(image: Image.Image) -> int:
     """1 to 8, by the EXIF tag: 1 is upright, from 5 on width and height change places."""
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION)
-    except Exception:  # broken metadata do not make the picture unreadable
+    except Exception:  # ignore broken EXIF
         return 1
     return orientation if orientation in EXIF_TURNS else 1

@@ -41,11 +41,12 @@ class Failures:
 
     def share(self, launch: Launch) -> None:
         """Let all processes count what each has found; all of them call this at the same step."""
-        found, self.unshared = launch.collect(self.unshared), []
+        found = launch.collect(self.unshared)
+        self.unshared = []
         self.add(found, named=True)
 
     def _name(self, path: str) -> None:
         if len(self.paths) <= NAMED:
-            more = ", and further ones are not named here" if len(self.paths) == NAMED else ""
+            more = "; further ones are not shown" if len(self.paths) == NAMED else ""
             text = f"{path!r} cannot be read as an image: another one takes its place{more}"
             warn(text, everywhere=True)

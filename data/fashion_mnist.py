@@ -1,4 +1,4 @@
-"""Fashion-MNIST in its four idx files, `.gz` or not."""
+"""Fashion-MNIST in its four idx files, `.gz` or not, or MNIST in files of the same names."""
 
 import gzip
 import zlib
@@ -12,7 +12,6 @@ from data.base import Size
 from utils import UserError
 
 NAME = "fashion_mnist"
-CLASSES = FashionMNIST.classes
 
 
 def matches(root: str) -> bool:
@@ -23,7 +22,9 @@ def open_split(root: str, split: str, size: Size) -> ArrayImages:
     prefix = Path(root) / ("t10k" if split == "test" else "train")
     images = _read_idx(f"{prefix}-images-idx3-ubyte", dims=3)
     labels = _read_idx(f"{prefix}-labels-idx1-ubyte", dims=1)
-    return ArrayImages(NAME, images[:, None], labels, CLASSES, size)
+    is_fashion = "fashion" in str(Path(root).resolve()).lower()
+    classes = FashionMNIST.classes if is_fashion else list("0123456789")
+    return ArrayImages(NAME, images[:, None], labels, classes, size)
 
 
 def _read_idx(path: str, dims: int) -> np.ndarray:
@@ -34,7 +35,7 @@ def _read_idx(path: str, dims: int) -> np.ndarray:
         with opener(path, "rb") as file:
             content = file.read()
         if content[:4] != bytes([0, 0, 8, dims]):
-            raise ValueError(f"it is no idx file of bytes in {dims} dimensions")
+            raise ValueError(f"not a {dims}-D uint8 idx file")
         shape = np.frombuffer(content, dtype=">i4", count=dims, offset=4)
         return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * dims).reshape(shape)
     except (OSError, EOFError, ValueError, zlib.error) as error:

@@ -73,7 +73,8 @@ def open_split(root: str, split: str, size: Size) -> PackedImages:
 
 def open_packed(folder: Path, resize: int | str, crop: int) -> PackedImages:
     """A packed store; UserError unless it is whole, of this version, and of a size that fits."""
-    name, again = f"the packed store {str(folder)!r}", f"delete {str(folder)!r} to pack again"
+    name = f"the packed store {str(folder)!r}"
+    again = f"delete {str(folder)!r} to pack again"
     try:
         about = json.loads((folder / "store.json").read_text(encoding="utf-8"))
         version, side = about["format"], about["resize"]
@@ -125,7 +126,8 @@ def pack(dataset: Dataset, root: str, where: str, num_workers: int) -> Dataset:
 
 def checksum(dataset: FolderImages, root: str) -> str:
     """SHA-256 over each image's path below `root`, size and time: what a store is made from."""
-    digest, start = hashlib.sha256(), len(str(Path(root)))
+    digest = hashlib.sha256()
+    start = len(str(Path(root)))
     for index in utils.progress(range(len(dataset)), "looking for changes"):
         path = dataset.paths[index]
         try:
@@ -141,7 +143,7 @@ def _make_store(dataset: FolderImages, folder: Path, source: str, num_workers: i
     """Make a store in a folder beside its own. Of several processes one does, the others wait."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
-            f"--pack {str(folder)!r} holds something else than a packed store: name a new folder"
+            f"--pack {str(folder)!r} is not empty and holds no packed store: name a new folder"
         )
     utils.check_writable(folder, "--pack")
     if utils.rank():
@@ -151,7 +153,7 @@ def _make_store(dataset: FolderImages, folder: Path, source: str, num_workers: i
     partial = folder.with_name(f".{folder.name}.partial")
     lock.take(wait=True)
     try:
-        if not matches(folder):  # else another process has made it
+        if not matches(folder):  # unless another process made it while we waited
             partial.mkdir(exist_ok=True)
             _write_store(dataset, partial, source, num_workers)
             os.replace(partial, folder)

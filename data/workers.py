@@ -40,7 +40,7 @@ def fetch_all(
     handler = signal.getsignal(signal.SIGCHLD)
     iterator = iter(loader)
     if threading.current_thread() is threading.main_thread():
-        # PyTorch's would raise in the midst of a step when a worker dies: the next batch tells
+        # PyTorch's would raise in the middle of a step when a worker dies: the next batch tells
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
     atexit.unregister(_end_workers)
     atexit.register(_end_workers)  # what is registered last runs first: before multiprocessing's
@@ -50,7 +50,7 @@ def fetch_all(
         if not re.search(DEAD_WORKER, str(error)):
             raise
         raise UserError(
-            "a process that decodes images was killed, most likely for want of memory "
+            "a process that decodes images was killed, probably out of memory "
             f"(or of /dev/shm): use fewer than --num_workers {num_workers}"
         ) from None
 

@@ -44,7 +44,7 @@ class Monitor:
                 "name others with --knn_root"
             )
         encoder = encoders.build_encoder(
-            settings.arch, settings.feature_dim, mlp=settings.mlp, small_stem=settings.small_stem
+            settings.arch, small_stem=settings.small_stem, crop=settings.crop
         )
         self.extractor = Extractor(
             encoders.remove_head(encoder),
@@ -58,8 +58,8 @@ class Monitor:
 
     def top1(self, state_dict: dict[str, Tensor]) -> float:
         """Top-1 in percent of an encoder's state, the same on every process; all call it."""
-        body = {name: value for name, value in state_dict.items() if not name.startswith("fc.")}
-        self.extractor.encoder.load_state_dict(body)
+        encoder = self.extractor.encoder
+        encoder.load_state_dict({name: state_dict[name] for name in encoder.state_dict()})
         bank, queries = (dataset_features(self.extractor, p) for p in (self.bank, self.queries))
         self.bank.features, self.queries.features = bank.images, queries.images
         bank = bank.to_device(self.launch.device)

@@ -43,8 +43,13 @@ def load_subject(settings: TestSettings) -> Subject:
         training = replace(training, arch=loaded.arch)
     crop = training.crop if settings.crop == "auto" else settings.crop
     found, checkpoint = "", {}
+    if encoders.has_fixed_size(training.arch) and crop != training.crop:
+        reason = f"{training.arch} was trained at {training.crop} px and takes no other size"
+        raise utils.UserError(f"--crop {crop}: {reason}")
     if untrained:
-        encoder, stem = untrained_encoder(training), "random"
+        encoder, stem = first_encoder(training, home.parent), "random"
+        if training.init is not None:
+            found = f"the run started from {training.init}, not from random weights"
     else:
         encoder, checkpoint = loaded.encoder, loaded.checkpoint
         stem = name_result(path, checkpoint, training.batch_size, foreign)
@@ -54,6 +59,8 @@ def load_subject(settings: TestSettings) -> Subject:
         elif foreign:
             found = loaded.description
     first = {name: getattr(training, name) for name in ("seed", "feature_dim", "mlp", "small_stem")}
+    if training.init is not None:
+        first["init"] = training.init
     record = {
         "encoder": settings.encoder,
         "arch": training.arch,
@@ -95,15 +102,22 @@ def guess_settings(settings: TestSettings, path: Path | None) -> TrainSettings:
     Files from elsewhere are of ImageNet at 224 px.
     """
     if path is not None:
-        return config.from_values(TrainSettings, {"crop": 224})
+        return config.from_values(TrainSettings, encoders.images_of(settings.arch))
     arch = {} if settings.arch == "auto" else {"arch": settings.arch}
     return config.from_values(TrainSettings, {"seed": settings.seed, **arch})
 
 
-def untrained_encoder(settings: TrainSettings) -> nn.Module:
-    """The encoder that a run with these settings started from, without head."""
+def first_encoder(settings: TrainSettings, folder: Path) -> nn.Module:
+    """The encoder that the run in a folder started from, without head."""
+    if settings.init is not None:
+        return encoders.load(run.checkpoints.path_of(folder, 0)).encoder
     encoder = encoders.build_untrained(
-        settings.arch, settings.seed, settings.feature_dim, settings.mlp, settings.small_stem
+        settings.arch,
+        settings.seed,
+        settings.feature_dim,
+        settings.mlp,
+        settings.small_stem,
+        settings.crop,
     )
     return encoders.remove_head(encoder)
 

@@ -47,7 +47,7 @@ def _read(path: str | Path) -> Any:
     except OSError as error:
         raise UserError(f"checkpoint {str(path)!r} cannot be read: {error.strerror}") from None
     try:
-        if zipfile.is_zipfile(path):  # files older than PyTorch 1.6 are none
+        if zipfile.is_zipfile(path):  # files from before PyTorch 1.6 are not zip archives
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is not None:
                     raise zipfile.BadZipFile
@@ -125,7 +125,8 @@ class Saver:
 
     def __init__(self, folder: Path, log: Log, every_minutes: float, step: int | None) -> None:
         self.folder, self.log, self.every_minutes = folder, log, every_minutes
-        self.step, self.failed = step, False
+        self.step = step
+        self.failed = False  # whether the last try did
 
     def save(
         self, content: dict[str, Any], epoch: int | None = None, last_chance: bool = False
@@ -136,10 +137,11 @@ class Saver:
         or at the `last_chance` it comes after RETRY_S. Raises UserError if that fails, too.
         """
         urgent = last_chance or epoch is not None
-        self._try(content, epoch, RETRY_S if urgent else 60 * self.every_minutes)
+        next_try_s = RETRY_S if urgent else 60 * self.every_minutes
+        self._try(content, epoch, next_try_s)
         if self.failed and urgent:
-            time.sleep(RETRY_S)
-            self._try(content, epoch, RETRY_S)
+            time.sleep(next_try_s)
+            self._try(content, epoch, next_try_s)
 
     def _try(self, content: dict[str, Any], epoch: int | None, next_try_s: float) -> None:
         try:

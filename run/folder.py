@@ -30,12 +30,14 @@ class FolderLock:
 
     def __init__(self, folder: Path, name: str = ".lock") -> None:
         self.folder, self.path = folder, folder / name
-        self._lock = FileLock(self.path, fallback_to_soft=False, on_acquired=_write_owner)
+        self._lock = FileLock(self.path, fallback_to_soft=False)
 
     def take(self, wait: bool = False) -> None:
         """Lock the folder, if this object has not; UserError if it is in use, unless `wait`."""
         try:
             self._lock.acquire(blocking=wait)
+            with contextlib.suppress(OSError):  # the disk is full, but the lock holds
+                self.path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         except Timeout:
             owner = self.path.read_text(errors="replace")[:200] or "another process"
             remedy = "wait for it, stop it, or name another --exp_version"
@@ -50,13 +52,6 @@ class FolderLock:
 
     def release(self) -> None:
         self._lock.release(force=True)
-
-
-def _write_owner(file: int) -> None:
-    """Say in a lock's open file who holds it."""
-    with contextlib.suppress(OSError):  # the disk is full, but the lock holds
-        os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 def prepare(folder: Path, lock: FolderLock, resume: bool, overwrite: bool) -> None:

@@ -14,7 +14,8 @@ COLUMNS += ["alignment", "uniformity", "effective_rank", "knn_top1"]
 class Lines:
     """A text file that grows by lines, each of which waits until it can be written.
 
-    `lines` were there before, without half a line, of a crash. UserError if it cannot be read.
+    `lines` are those already in the file; a line cut short by a crash is dropped. UserError if
+    the file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -25,31 +26,31 @@ class Lines:
             raise UserError(f"{reason}: move it away") from None
         whole = content[: content.rfind(b"\n") + 1]
         self.path, self.lines = path, os.fsdecode(whole).split("\n")[:-1]
-        self._size, self._waiting = len(whole), []
+        self._size, self._waiting = len(whole), b""
 
     def append(self, line: str) -> None:
         """Write a line, or warn, once, that it must wait."""
-        self._waiting.append(line)
+        first = not self._waiting
+        self._waiting += os.fsencode(line) + b"\n"
         try:
             self.flush()
         except UserError as error:
-            if len(self._waiting) == 1:
-                warn(f"{error}: its lines wait for the next try")
+            if first:
+                warn(f"{error}: will retry with the next line")
 
     def flush(self, to_disk: bool = False) -> None:
         """Write what waits, to outlive a power cut if `to_disk`; UserError if that fails."""
-        data = b"".join(os.fsencode(line) + b"\n" for line in self._waiting)
         try:
             with open(self.path, "ab") as file:
                 start = min(self._size, file.tell())
-                file.truncate(start)  # half a line, of a try that failed
-                file.write(data)
+                file.truncate(start)  # drop half a line, of a try that failed
+                file.write(self._waiting)
                 file.flush()
                 if to_disk:
                     os.fsync(file.fileno())
         except OSError as error:
             raise UserError(f"{str(self.path)!r} cannot be written: {error.strerror}") from None
-        self._size, self._waiting = start + len(data), []
+        self._size, self._waiting = start + len(self._waiting), b""
 
 
 class Log(Lines):

@@ -76,11 +76,12 @@ class Meter:
         device = self.launch.device
         self.sums = torch.zeros(3, dtype=self.dtype, device=device)  # loss, hits, alignment
         self.finite_steps = torch.zeros((), dtype=torch.int64, device=device)
-        self.steps, self.queries, self.seconds = 0, 0, 0.0
+        self.steps, self.queries = 0, 0
+        self.seconds = 0.0  # since the last row, before the run was resumed
         self.start()
 
     def start(self) -> None:
-        """Measure the time from now on, after that of the run which is resumed."""
+        """Measure the time from now on, and count what was measured before the run was resumed."""
         self.since = time.monotonic() - self.seconds
 
     def add(self, loss: Tensor, logits: Tensor, queries: int) -> None:
@@ -91,7 +92,7 @@ class Meter:
         aligned = alignment(logits, self.temperature) * self.launch.loss_weight
         loss, aligned = loss.detach() / self.launch.processes, aligned / self.launch.processes
         self.sums += torch.stack([loss, contrast_hits(logits), aligned])
-        self.finite_steps += self.sums[0].isfinite()  # once the sum is not, it stays so
+        self.finite_steps += self.sums[0].isfinite()  # a non-finite sum stays non-finite
         self.steps, self.queries = self.steps + 1, self.queries + queries
 
     def read(self, step: int, folder: Path) -> dict[str, float]:
@@ -113,7 +114,8 @@ class Meter:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        sums, seconds = self.launch.total(self.sums), time.monotonic() - self.since
+        sums = self.launch.total(self.sums)
+        seconds = time.monotonic() - self.since
         return {"sums": sums, "steps": self.steps, "images": self.queries, "seconds": seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@ import math
 import zlib
 from pathlib import Path
 
+import torch
+
 import config
 import dataloader
 import encoders
@@ -31,7 +33,7 @@ def resolve(settings: TrainSettings, launch: Launch, checkpoint: dict | None) ->
         raise UserError("--compile does not work with nn.DataParallel: use torchrun")
     if settings.knn_root is not None and not settings.knn_every:
         raise UserError(f"--knn_root {settings.knn_root!r} needs --knn_every: give it, too")
-    encoders.check_arch(settings.arch)
+    check_encoder(settings, fresh=checkpoint is None)
     for name in ("bn_groups", "precision"):
         if checkpoint is not None and getattr(settings, name) == "auto":
             setattr(settings, name, checkpoint.get("config", {}).get(name, "auto"))
@@ -52,6 +54,20 @@ def resolve(settings: TrainSettings, launch: Launch, checkpoint: dict | None) ->
     settings.resize = dataset.resize
     check_sizes(settings, dataset)
     return dataset
+
+
+def check_encoder(settings: TrainSettings, fresh: bool) -> None:
+    """UserError unless the encoder can be built, and for a fresh run read from --init."""
+    kind = {"mlp": settings.mlp, "small_stem": settings.small_stem, "crop": settings.crop}
+    encoder = encoders.build_encoder(settings.arch, settings.feature_dim, **kind)
+    has_norms = any(isinstance(module, torch.nn.BatchNorm2d) for module in encoder.modules())
+    if not has_norms and (settings.shuffle_bn or settings.bn_groups != "auto"):
+        warn(f"{settings.arch} has no batch norm: --bn_groups and --shuffle_bn have no effect")
+    if settings.init is not None and fresh:
+        loaded = encoders.load(settings.init, settings.arch)
+        if loaded.small_stem != settings.small_stem:
+            remedy = "add --small_stem" if loaded.small_stem else "leave out --small_stem"
+            raise UserError(f"--init {settings.init!r} has another first layer: {remedy}")
 
 
 def check_sizes(settings: TrainSettings, dataset: Dataset) -> None:

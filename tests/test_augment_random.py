@@ -228,47 +228,6 @@ def test_no_images() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"crop": 0},
-        {"scale": (0.5, 0.2)},
-        {"scale": (0.0, 1.0)},
-        {"scale": (0.2, 1.1)},
-        {"ratio": (0.0, 1.0)},
-        {"flip": 1.5},
-        {"jitter_p": -0.1},
-        {"jitter": (0.4, 0.4, 0.4, 0.6)},
-        {"jitter": (0.4, 0.4)},
-        {"blur_sigma": (0.0, 1.0)},
-        {"std": (0.2, 0.0, 0.2)},
-        {"mean": (0.5,)},
-    ],
-)
-def test_recipe_refuses_nonsense(wrong: dict) -> None:
-    (name,) = wrong
-    with pytest.raises(ValueError, match=f"augmentation: .*{name}.* must be") as caught:
-        Recipe(**{"crop": 32, **wrong})
-    assert "\n" not in str(caught.value)
-
-
-def test_refuses_wrong_input() -> None:
-    made, images = recipe("v1", 32), pictures(4, 40)
-    params = draw(torch.ones(4), made, seeded(0))
-    for wrong in (images.float(), images[:, :2], images[0]):
-        with pytest.raises(ValueError, match="must be torch.uint8"):
-            augment(wrong, params, made)
-    with pytest.raises(ValueError, match="4 images but parameters for 3"):
-        augment(images, params.rows(slice(0, 3)), made)
-    with pytest.raises(ValueError, match="torch.bfloat16 are not supported"):
-        augment(images, params, made, torch.bfloat16)
-    for bad in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="of image 2 is not positive and finite"):
-            draw(torch.tensor([1.0, 1.0, bad]), made, seeded(0))
-    with pytest.raises(ValueError, match="choose v1 or v2"):
-        recipe("v3", 32)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_gpu_agrees_with_cpu_and_waits_for_nothing(version: str) -> None:

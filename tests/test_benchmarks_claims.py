@@ -89,7 +89,7 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     main = load("claims").main
     more = (["--preset", "mocov2"], ["--momentum=0.5"], ["--no-shuffle_bn"], ["--seed", "3"])
     wrong = [(["data", "--", *words], f"{words[0].split('=')[0]} after --") for words in more]
-    wrong += [(["nowhere"], "'nowhere' is no folder")]
+    wrong += [(["nowhere"], "'nowhere' is not a folder")]
     wrong += [(["data", "--lanes=0"], "--lanes 0 must be 1 or more")]
     for flags, words in wrong:
         with pytest.raises(UserError) as error:

@@ -126,8 +126,9 @@ def test_transparent_palette_and_broken_metadata_are_no_failure(tmp_path: Path) 
 def test_exif_orientation(tmp_path: Path, orientation: int, size: tuple[int, int]) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    write_class(tmp_path, ("a.png", smooth(*size)), ("b.jpg", smooth(*size)), exif=exif)
-    for index, (name, tolerance) in enumerate({"a.png": 1, "b.jpg": 12}.items()):
+    tolerances = {"a.png": 1, "b.jpg": 12, "c.tif": 1}
+    write_class(tmp_path, *((name, smooth(*size)) for name in tolerances), exif=exif)
+    for index, (name, tolerance) in enumerate(tolerances.items()):
         with Image.open(tmp_path / "one" / name) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
         batch = fetch_square(tmp_path, index, resize=16)

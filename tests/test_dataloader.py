@@ -52,7 +52,7 @@ def test_detect(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content, parts",
     [
-        (None, ["is no folder", "shapes", "--download", "train/"]),
+        (None, ["is not a folder", "shapes", "--download", "train/"]),
         ([], ["no data set", ".jpg"]),
         (["a.png"], ["class folders"]),
         (["one/notes.txt"], ["no data set"]),
@@ -74,7 +74,7 @@ def test_a_folder_without_data(tmp_path: Path, content: list[str] | None, parts:
 
 def test_a_file_is_no_data_set(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         open_square(tmp_path / "a.png")
 
 
@@ -274,7 +274,7 @@ def test_a_killed_worker_is_one_line_at_the_next_batch(tmp_path: Path) -> None:
     next(loader)
     for process in multiprocessing.active_children():
         os.kill(process.pid, signal.SIGKILL)
-    time.sleep(0.3)  # the main process is in the midst of a step: no exception here
+    time.sleep(0.3)  # the main process is in the middle of a step: no exception here
     with pytest.raises(UserError, match="killed.*--num_workers 1"):
         list(loader)
 

@@ -114,7 +114,7 @@ def test_the_log_holds_what_the_keys_of_the_queue_show(tmp_path: Path, data: Pat
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--knn_every=1", "--knn_root=nowhere"], "--knn_root 'nowhere' is no folder"),
+        (["--knn_every=1", "--knn_root=nowhere"], "--knn_root 'nowhere' is not a folder"),
         (["--knn_root=x"], "needs --knn_every"),
         (["--knn_every=-1"], "--knn_every"),
         (["--knn_every=1", "--knn_images=3"], "--knn_images"),

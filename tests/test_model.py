@@ -21,7 +21,9 @@ def seed() -> None:
 
 def small_moco(**changes) -> MoCo:
     return (
-        MoCo(**{"arch": "resnet18", "feature_dim": 8, "num_keys": 12, **changes}).double().train()
+        MoCo(**{"encoder": "resnet18", "feature_dim": 8, "num_keys": 12, **changes})
+        .double()
+        .train()
     )
 
 

@@ -76,7 +76,7 @@ def test_lines_wait_until_they_can_be_written(
     path.mkdir()
     lines.append("one")
     lines.append("two")
-    assert capsys.readouterr().err.count("its lines wait for the next try") == 1
+    assert capsys.readouterr().err.count("will retry with the next line") == 1
     with pytest.raises(UserError, match="lines' cannot be written: Is a directory"):
         lines.flush()
     with pytest.raises(UserError, match="lines' cannot be read: Is a directory: move it away"):

@@ -229,7 +229,7 @@ def test_where_a_store_cannot_be(
     files = open_files(images)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes").write_text("mine")
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="is not empty and holds no packed store"):
         store.pack(files, str(images), str(tmp_path / "other"), 0)
     with pytest.raises(UserError, match="cannot be written"):
         store.pack(files, str(images), "/proc/store", 0)

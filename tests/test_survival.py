@@ -108,7 +108,7 @@ def test_workers_that_outlive_their_run_hold_nothing(
 
 
 def stop_workers(process: subprocess.Popen, out: Path) -> list[int]:
-    """Halt a run in the midst of a step, with no save under way."""
+    """Halt a run in the middle of a step, with no save under way."""
     workers = children(process)
     assert len(workers) >= 2
     for worker in workers:

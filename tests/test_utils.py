@@ -3,6 +3,8 @@
 import io
 import os
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,28 @@ def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path: Path):
     with pytest.raises(UserError, match="No space left"):
         utils.atomic_write(path, broken)
     assert path.read_bytes() == b"old" and [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_a_file_written_whole_has_the_permissions_of_any_other(tmp_path: Path):
+    before = os.umask(0o027)
+    try:
+        utils.atomic_write(tmp_path / "file", lambda file: file.write(b"new"))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_file_can_be_written_by_several_at_once(tmp_path: Path):
+    path = tmp_path / "file"
+
+    def write(file, content: bytes) -> None:
+        file.write(content)
+        meet.wait(timeout=30)  # all have their file open
+
+    meet, contents = threading.Barrier(4), [bytes([65 + i]) * 1000 for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda c: utils.atomic_write(path, lambda f: write(f, c)), contents))
+    assert path.read_bytes() in contents and os.listdir(tmp_path) == ["file"]
 
 
 def test_durations():

@@ -52,7 +52,7 @@ def published(version: int, arch: str) -> tuple[dict, torch.nn.Module]:
 
 def small_state(**changes) -> dict[str, torch.Tensor]:
     """The state_dict of a small MoCo, under the names of a checkpoint."""
-    moco = model.MoCo(**{"arch": "resnet18", "feature_dim": 8, "num_keys": 16, **changes})
+    moco = model.MoCo(**{"encoder": "resnet18", "feature_dim": 8, "num_keys": 16, **changes})
     return {f"module.{name}": value for name, value in moco.state_dict().items()}
 
 
@@ -60,7 +60,7 @@ def our_checkpoint(path: Path, arch: str = "resnet18") -> torch.nn.Module:
     """Write a checkpoint as train.py does, and return its encoder without head."""
     values = {"arch": arch, "feature_dim": 8, "num_keys": 16, "crop": 64}
     settings = config.from_values(config.TrainSettings, values)
-    moco = model.MoCo(arch=arch, feature_dim=8, num_keys=16)
+    moco = model.MoCo(arch, feature_dim=8, num_keys=16)
     look_trained(moco.encoder_q)
     content = {
         "epoch": 1,
