@@ -32,11 +32,8 @@ Precision = Literal["auto", "fp32", "bf16", "fp64"]
 Figure = Literal["loss", "accuracy", "views", "neighbours", "embedding", "filters"]
 DATA, VIEWS, MODEL = partial(flag, "data"), partial(flag, "augmentation"), partial(flag, "model")
 OPTIM, RUN, ENCODER = partial(flag, "optimization"), partial(flag, "run"), partial(flag, "encoder")
-KNN, LINEAR, FIGURES = (
-    partial(flag, "kNN"),
-    partial(flag, "linear classifier"),
-    partial(flag, "figures"),
-)
+KNN, LINEAR = partial(flag, "kNN"), partial(flag, "linear classifier")
+FIGURES, FEATURES = partial(flag, "figures"), partial(flag, "features of images")
 
 
 @dataclass
@@ -51,7 +48,9 @@ class TrainSettings:
     resize: int | Auto = DATA(
         "side of stored images, px; auto: 2 x crop or the native size", 8, 4096
     )
-    num_workers: int = DATA("processes that decode images", trait=PER_MACHINE)
+    num_workers: int | Auto = DATA(
+        "processes that decode images; auto: the cores, up to 8", trait=PER_MACHINE
+    )
     pack: str | None = DATA("folder for decoded images; auto: beside the data", trait=PER_MACHINE)
     download: bool = DATA("fetch STL-10 if it is not there", trait=MAY_CHANGE)
 
@@ -122,7 +121,7 @@ class TestSettings:
     resize: int | Auto = DATA("shorter side, px; auto: 8/7 x crop", 8, 4096, trait=COMPARABLE)
     train_fraction: float = DATA("share of each class's labels", 1e-6, 1, trait=COMPARABLE)
     folds: bool = DATA("STL-10's ten folds of 1,000 training images", trait=COMPARABLE)
-    num_workers: int = DATA("processes that decode images")
+    num_workers: int | Auto = DATA("processes that decode images; auto: the cores, up to 8")
     download: bool = DATA("fetch STL-10 if it is not there")
 
     knn_k: int = KNN("k, the nearest neighbours that vote", 1, trait=COMPARABLE)
@@ -168,10 +167,23 @@ class VisualizeSettings(TestSettings):
 class ExportSettings:
     """Flags of export.py."""
 
-    checkpoint: str = ENCODER("ours, the reference's, or torchvision's weights")
-    out: str = ENCODER("the file to write")
-    format: Literal["torchvision", "timm", "detectron2"] = ENCODER("the tool that will read it")
+    checkpoint: str = ENCODER("ours, the reference's, another tool's weights, or linear.pth.tar")
+    out: str = ENCODER("the file to write; with --features OUT.npy and OUT.csv")
+    format: Literal["torchvision", "timm", "detectron2"] | None = ENCODER(
+        "who will read the encoder"
+    )
+    arch: str = ENCODER("of weights that do not say it; auto: by the file")
     overwrite: bool = ENCODER("replace OUT if it is there")
+
+    features: str | None = FEATURES("a folder of images, of any depth, or one image")
+    nearest: str | None = FEATURES("an image whose ten nearest of them are shown")
+    predict: str | None = FEATURES("a linear.pth.tar of test.py, whose classes go to OUT.csv, too")
+    crop: int | Auto = FEATURES("centre crop, px; auto: the training's", 8, 4096)
+    resize: int | Auto = FEATURES("shorter side, px; auto: 8/7 x crop", 8, 4096)
+    batch_size: int = FEATURES("images at once, over all devices", 1)
+    num_workers: int | Auto = FEATURES("processes that decode images; auto: as train.py")
+    device: str = FEATURES("auto, cpu, cuda, cuda:N or mps")
+    precision: Precision = FEATURES("of the encoder")
 
 
 SECTIONS = dict(  # of config.yaml

@@ -53,12 +53,12 @@ def _find_kind(root: str) -> ModuleType:
             return kind
     if not Path(root).is_dir():
         raise UserError(
-            f"--dataset_root {root!r} is not a folder: give one with class folders, train/ and val/, "
-            "STL-10 (or --download it), CIFAR-10, Fashion-MNIST idx files, or the word shapes"
+            f"--dataset_root {root!r} is not a folder: give one with class folders, train/ and "
+            "val/, STL-10 (or --download it), CIFAR-10, Fashion-MNIST idx files, or the word shapes"
         )
     raise UserError(
         f"--dataset_root {root!r} holds no data set that is known here: put images "
-        f"({', '.join(EXTENSIONS)}) into class folders (one is enough for pretraining)"
+        f"({', '.join(EXTENSIONS)}) into class folders, or for pretraining into one"
     )
 
 
@@ -77,7 +77,7 @@ def iterate(
     dataset: Dataset,
     batches: Iterable[Tensor],
     *,
-    num_workers: int,
+    num_workers: int | str,
     failures: Failures,
     pin: bool = False,
 ) -> Iterator[Batch]:

@@ -1,11 +1,15 @@
-"""Write the encoder of a checkpoint for another tool: the query encoder alone, without its head.
+"""Give the encoder of a checkpoint, or its features of images, to other tools.
 
     python export.py output/IMAGENET-64/v1/checkpoints/last.pth.tar OUT.pth --format torchvision
     python export.py CHECKPOINT OUT.pth --format timm
     python export.py CHECKPOINT OUT.pkl --format detectron2        for MODEL.WEIGHTS of Detectron2
+    python export.py CHECKPOINT OUT --features IMAGES              features of a folder of images
+    ... --nearest IMAGE                     and the images that are most like one
+    ... --predict RUN/eval/epoch_0100/linear.pth.tar               and their classes
 
-CHECKPOINT is one of ours, one of the reference's, or torchvision's weights. The lines that are
-printed at the end load the result.
+CHECKPOINT is one of ours, one of the reference's, another tool's weights, or the linear.pth.tar of
+a finetuned encoder. --format writes the query encoder alone, without its head, and prints the lines
+that load it. --features writes OUT.npy, float32 (n, D), and OUT.csv, with the path of each row.
 """
 
 import pickle
@@ -17,15 +21,81 @@ import torch
 
 import config
 import encoders
+import parallel
+from config import ExportSettings, TrainSettings
+from data.base import Size
+from data.folders import FolderImages, image_files
+from evaluation import embed
+from evaluation.features import Extractor
 from utils import UserError, atomic_write, guard, say
 
 
 def main(argv: list[str]) -> None:
-    settings = config.parse(config.ExportSettings, argv, __doc__)
+    settings = config.parse(ExportSettings, argv, __doc__)
+    if (settings.format is None) == (settings.features is None):
+        raise UserError("give --format TOOL for the encoder, or --features IMAGES: one of the two")
+    if settings.features is None and (settings.nearest or settings.predict):
+        raise UserError("--nearest and --predict need --features IMAGES")
+    out = re.sub(r"\.npy$", "", settings.out) if settings.features else settings.out
+    names = [f"{out}.npy", f"{out}.csv"] if settings.features else [out]
+    if (there := [name for name in names if Path(name).exists()]) and not settings.overwrite:
+        raise UserError(f"{there[0]!r} is there already: name another file, or --overwrite it")
+    loaded = encoders.load(settings.checkpoint, settings.arch)
+    say(f"read     {settings.checkpoint}: {loaded.description}")
+    if settings.features is None:
+        export_encoder(settings, loaded)
+    else:
+        export_features(settings, loaded, Path(out))
+
+
+def export_features(settings: ExportSettings, loaded: encoders.LoadedEncoder, out: Path) -> None:
+    guess = config.from_values(TrainSettings, encoders.images_of(loaded.arch))
+    training = loaded.settings or guess
+    crop = training.crop if settings.crop == "auto" else settings.crop
+    if encoders.has_fixed_size(loaded.arch) and crop != training.crop:
+        raise UserError(f"--crop {crop}: {loaded.arch} takes images of {training.crop} px only")
+    if parallel.several_processes():
+        raise UserError("--features is for one process: use plain python, on as many GPUs")
+    images = open_images(settings.features, Size("center", settings.resize, crop))
+    with parallel.open_launch(settings.device) as launch:
+        extractor = Extractor(
+            loaded.encoder,
+            training.mean,
+            training.std,
+            launch,
+            settings.precision,
+            settings.batch_size,
+            settings.num_workers,
+        )
+        classifier = None
+        if settings.predict is not None:
+            with torch.no_grad():
+                blank = torch.zeros(1, 3, crop, crop, dtype=extractor.dtype, device=launch.device)
+                loaded.encoder.eval()
+                width = extractor.encode(blank).shape[1]
+            classifier = embed.read_classifier(settings.predict, width)
+        query = None
+        if settings.nearest is not None:
+            query = next(embed.extract(extractor, open_images(settings.nearest, images.size)))
+        rows = embed.write_features(extractor, images, out, classifier)
+    say(f"written  {out}.npy, {out}.csv: {rows:,} images")
+    if query is not None:
+        paths = [row[0] for row in embed.read_rows(out)]
+        features = np.load(f"{out}.npy", mmap_mode="r")
+        for cosine, row in embed.nearest(features, query[1][0], k=10):
+            say(f"{cosine:.3f}    {paths[row]}")
+
+
+def open_images(root: str, size: Size) -> FolderImages:
+    """All images below a folder, or one file; UserError if there are none."""
+    paths = [root] if Path(root).is_file() else list(image_files(Path(root)))
+    if not paths:
+        raise UserError(f"{root!r} has no images")
+    return FolderImages(paths, [-1] * len(paths), [], size)
+
+
+def export_encoder(settings: ExportSettings, loaded: encoders.LoadedEncoder) -> None:
     out, form = settings.out, settings.format
-    if Path(out).exists() and not settings.overwrite:
-        raise UserError(f"{out!r} is there already: name another file, or --overwrite it")
-    loaded = encoders.load(settings.checkpoint)
     if loaded.arch.startswith(encoders.TIMM) and form != "timm":
         raise UserError(f"{settings.checkpoint!r} is a model of timm: use --format timm")
     if loaded.small_stem and form == "detectron2":
@@ -34,12 +104,12 @@ def main(argv: list[str]) -> None:
     state = {name: value.contiguous() for name, value in loaded.encoder.state_dict().items()}
     if form == "detectron2":
         content = {"model": rename(state), "__author__": "MoCo", "matching_heuristics": True}
+        state = content["model"]
         atomic_write(out, lambda file: pickle.dump(content, file))
         lines = lines_for_detectron2(out, loaded)
     else:
         atomic_write(out, lambda file: torch.save(state, file))
         lines = lines_for_python(form, out, loaded)
-    say(f"read     {settings.checkpoint}: {loaded.description}")
     say(f"written  {out}: {len(state)} tensors of the encoder, for {form}")
     say("\n".join("         " + line for line in lines))
 
@@ -60,7 +130,7 @@ def rename(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 def normalization(loaded: encoders.LoadedEncoder) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (3,) of the training's images; of ImageNet's if not known."""
-    settings = loaded.settings or config.from_values(config.TrainSettings, {})
+    settings = loaded.settings or config.from_values(TrainSettings, {})
     return np.array(settings.mean), np.array(settings.std)
 
 

@@ -83,10 +83,8 @@ def train(
 ) -> None:
     """Algorithm 1 of the paper. What goes on beside it is the keeper's: rows, saves, stops."""
     keeper = Keeper(settings, launch, folder, images=len(dataset))
-    moco, optimizer = build_model(settings, launch)
+    moco, optimizer = build_model(settings, launch, fresh=checkpoint is None)
     done = resume.restore(checkpoint, moco, optimizer, keeper.meter) if checkpoint else 0
-    if checkpoint is None and settings.init is not None:
-        load_first_weights(moco, settings)
     spread(moco, settings, launch)
     setup.compare_processes(settings, launch, dataset, done, monitor.images if monitor else 0)
     if checkpoint is None and settings.queue_init == "keys":
@@ -96,8 +94,7 @@ def train(
     moco.train()
     untrained = monitor.top1(launch.state_dict(moco.encoder_q)) if monitor and not done else None
     watch = keeper.start(done, monitor, untrained)
-    if settings.init is not None and not done:
-        keeper.save_start(moco, optimizer)
+    keeper.save_start(done, moco, optimizer)
     for step, batch in enumerate(batches, start=done + 1):
         watch.lap("data")
         lr = learning_rate(settings, epoch=(step - 1) / keeper.steps_per_epoch)
@@ -139,8 +136,10 @@ def train(
 # ------------------------------------------------------------------------------- the model
 
 
-def build_model(settings: TrainSettings, launch: Launch) -> tuple[MoCo, torch.optim.Optimizer]:
-    """The model at its start, and the optimizer of its query encoder."""
+def build_model(
+    settings: TrainSettings, launch: Launch, fresh: bool
+) -> tuple[MoCo, torch.optim.Optimizer]:
+    """The model at its start, of a fresh run with the weights of --init, and its optimizer."""
     torch.manual_seed(generator(settings.seed, "weights").initial_seed())
     moco = MoCo(
         settings.arch,
@@ -153,6 +152,8 @@ def build_model(settings: TrainSettings, launch: Launch) -> tuple[MoCo, torch.op
         small_stem=settings.small_stem,
         crop=settings.crop,
     )
+    if fresh and settings.init is not None:
+        load_first_weights(moco, settings)
     dtype = compute.precision_dtype(settings.precision)
     moco.to(launch.device, dtype, memory_format=torch.channels_last)
     options = {"lr": settings.lr, "fused": launch.device.type != "mps"}

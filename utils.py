@@ -5,6 +5,7 @@ import csv
 import datetime
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -223,8 +224,9 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_csv(path: str | Path, header: list[str], rows: Iterable[Iterable[Any]]) -> None:
-    text = "\n".join(",".join(map(str, row)) for row in [header, *rows]) + "\n"
-    atomic_write(path, lambda file: file.write(text.encode()))
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    atomic_write(path, lambda file: file.write(os.fsencode(text.getvalue())))
 
 
 def read_csv(path: str | Path, needed: Iterable[str] = ()) -> dict[str, list[float]]:

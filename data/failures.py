@@ -12,8 +12,10 @@ NAMED = 10  # how many are named on the terminal
 class Failures:
     """The unreadable images of a run, each named once, and listed in `file` if one is given."""
 
-    def __init__(self, total: int, file: Path | None = None) -> None:
-        self.total = total  # images of the data set
+    def __init__(
+        self, total: int, file: Path | None = None, fate: str = "another one takes its place"
+    ) -> None:
+        self.total, self.fate = total, fate  # images of the data set; what becomes of these
         self.paths: dict[str, None] = {}  # an ordered set
         self.unshared: list[str] = []  # of which other processes do not know yet
         self._lines = Lines(file) if file else None
@@ -36,7 +38,7 @@ class Failures:
         if share > 1:
             raise UserError(
                 f"{len(self.paths)} of {self.total} images ({share:.1f} %) cannot be read, "
-                f"first {next(iter(self.paths))!r}: remove or repair them (up to 1 % are replaced)"
+                f"first {next(iter(self.paths))!r}: remove or repair them (1 % are allowed)"
             )
 
     def share(self, launch: Launch) -> None:
@@ -48,5 +50,5 @@ class Failures:
     def _name(self, path: str) -> None:
         if len(self.paths) <= NAMED:
             more = "; further ones are not shown" if len(self.paths) == NAMED else ""
-            text = f"{path!r} cannot be read as an image: another one takes its place{more}"
+            text = f"{path!r} cannot be read as an image: {self.fate}{more}"
             warn(text, everywhere=True)

@@ -1,4 +1,4 @@
-"""Class folders of image files, alone or in train/ and val/ (or test/)."""
+"""Image files: in class folders, alone or in train/ and val/ (or test/), or all in one folder."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.base import Batch, Dataset, Size
 from data.decoding import EXTENSIONS, decode
-from utils import UserError, progress
+from utils import UserError, progress, say, warn
 
 NAME = "folders"
 
@@ -60,8 +60,8 @@ class Paths:
 def matches(root: str) -> bool:
     if not Path(root).is_dir():
         return False
-    classes = class_folders(root)
-    return _has_splits(Path(root)) or any(next(image_files(part), None) for part in classes)
+    class_folders(root)  # UserError if it cannot be listed
+    return _has_splits(Path(root)) or next(image_files(Path(root)), None) is not None
 
 
 def open_split(root: str, split: str, size: Size) -> FolderImages:
@@ -70,17 +70,25 @@ def open_split(root: str, split: str, size: Size) -> FolderImages:
         folder = _evaluation_folder(folder, split)
     elif _has_splits(folder):
         folder = folder / "train"
-    classes = class_folders(folder)
-    if not classes:
+    found = {part: list(image_files(part)) for part in progress(class_folders(folder), "listing")}
+    empty = [part.name for part, paths in found.items() if not paths]
+    if split == "pretrain" and not any(found.values()):  # no classes
+        loose = list(image_files(folder))
+        if not loose:
+            raise UserError(f"{str(folder)!r} has no images")
+        say(f"data: {folder} has no class folders: its {len(loose):,} images have no labels")
+        return FolderImages(loose, [-1] * len(loose), [], size)
+    if not found:
         raise UserError(f"{str(folder)!r} has no class folders: put its images into some")
-    paths, labels = [], []
-    for label, part in enumerate(progress(classes, "listing images")):
-        found = list(image_files(part))
-        if not found:
-            raise UserError(f"the class folder {str(part)!r} has no images: remove it, or fill it")
-        paths += found
-        labels += [label] * len(found)
-    return FolderImages(paths, labels, [part.name for part in classes], size)
+    if empty and split != "pretrain":
+        empty = str(folder / empty[0])
+        raise UserError(f"the class folder {empty!r} has no images: remove it, or fill it")
+    if empty:
+        warn(f"folders in {str(folder)!r} without images are left out: {', '.join(empty[:5])}")
+    found = {part: paths for part, paths in found.items() if paths}
+    paths = [path for part in found.values() for path in part]
+    labels = [label for label, part in enumerate(found.values()) for _ in part]
+    return FolderImages(paths, labels, [part.name for part in found], size)
 
 
 def class_folders(root: str | Path) -> list[Path]:

@@ -91,7 +91,7 @@ def open_packed(folder: Path, resize: int | str, crop: int) -> PackedImages:
         raise UserError(f"{name} is damaged ({reason}): {again}") from None
 
 
-def pack(dataset: Dataset, root: str, where: str, num_workers: int) -> Dataset:
+def pack(dataset: Dataset, root: str, where: str, num_workers: int | str) -> Dataset:
     """The store of a data set in the folder `where` ("auto": beside the data), made if need be.
 
     Goes on where it was interrupted. Data that need no decoding are given back as they are.
@@ -139,7 +139,7 @@ def checksum(dataset: FolderImages, root: str) -> str:
     return digest.hexdigest()
 
 
-def _make_store(dataset: FolderImages, folder: Path, source: str, num_workers: int) -> None:
+def _make_store(dataset: FolderImages, folder: Path, source: str, num_workers: int | str) -> None:
     """Make a store in a folder beside its own. Of several processes one does, the others wait."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
@@ -162,7 +162,7 @@ def _make_store(dataset: FolderImages, folder: Path, source: str, num_workers: i
         lock.release()
 
 
-def _write_store(dataset: FolderImages, folder: Path, source: str, num_workers: int) -> None:
+def _write_store(dataset: FolderImages, folder: Path, source: str, num_workers: int | str) -> None:
     """Append what an unfinished store in this folder lacks."""
     about = {"source": source, "format": VERSION, "resize": dataset.resize}
     mode = "ab" if utils.read_json(folder / "started.json") == about else "wb"

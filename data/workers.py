@@ -2,6 +2,7 @@
 
 import atexit
 import multiprocessing
+import os
 import re
 import signal
 import threading
@@ -21,10 +22,20 @@ DEAD_WORKER = (
 )
 
 
+def count_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def fetch_all(
-    dataset: Dataset, batches: Iterable[Tensor], num_workers: int, pin: bool = False
+    dataset: Dataset, batches: Iterable[Tensor], num_workers: int | str, pin: bool = False
 ) -> Iterator[Batch]:
     """The batches in order, by so many workers (0: by this process); UserError if one dies."""
+    if num_workers == "auto":
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun, on this machine
+        num_workers = min(8, max(1, count_cores() // processes))
     if num_workers == 0:
         yield from map(dataset.fetch, batches)
         return

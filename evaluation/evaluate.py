@@ -125,6 +125,9 @@ def check_launch(settings: TestSettings, launch: parallel.Launch) -> None:
 
 def check_sizes(settings: TestSettings, images: Images, processes: int) -> None:
     """UserError, before any work, if there are too few images for it."""
+    if len(images.classes) < 2:
+        reason = f"has one class, {images.classes[0]}: an accuracy needs two or more"
+        raise UserError(f"--dataset_root {settings.dataset_root!r} {reason}")
     counts = {"training images": len(images.train), "test images": len(images.test)}
     if protocol_of(settings) == "cached":
         labels = images.train.labels

@@ -48,7 +48,7 @@ class Extractor:
     launch: parallel.Launch
     precision: str = "fp32"
     batch_size: int = 256
-    num_workers: int = 0
+    num_workers: int | str = 0
     not_finite: str = "the features are not finite: the training of the encoder diverged"
 
     def __post_init__(self) -> None:

@@ -85,6 +85,11 @@ def open_parts(settings: TrainSettings, random: torch.Generator) -> list[Subset]
     # what is trained on, but for STL-10, whose pretraining split has no labels
     split = "pretrain" if kind == "folders" else "train"
     dataset = dataloader.open_dataset(root, split, **size)
+    if len(dataset.labels.unique()) < 2:
+        raise utils.UserError(
+            f"--knn_every needs two classes or more, and {root!r} does not have them: "
+            "name others with --knn_root"
+        )
     bank, queries = hold_out(dataset.labels, 0.1, random)
     if not len(queries):
         raise utils.UserError(

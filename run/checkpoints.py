@@ -25,11 +25,15 @@ def save(path: Path, content: dict[str, Any]) -> None:
 def load(path: str | Path, bare: bool = False) -> dict[str, Any]:
     """A checkpoint's tensors, on the CPU, and plain values; UserError if it cannot be used.
 
-    `bare` also takes a file that is a state_dict itself, such as torchvision's weights.
+    `bare` also takes a file that is a state_dict itself, such as torchvision's weights, and
+    test.py's linear.pth.tar of a finetuned encoder.
     """
-    name, content = f"checkpoint {str(path)!r}", _read(path)
+    name = f"checkpoint {str(path)!r}"
+    content = read(path)
     if bare and isinstance(content, dict) and all(map(torch.is_tensor, content.values())):
         content = {"state_dict": content}
+    if bare and isinstance(content, dict) and content.get("encoders"):  # linear.pth.tar
+        content = {"state_dict": content["encoders"][0], "arch": content["arch"]}
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{name} has no state_dict: it is not a MoCo checkpoint")
     wrong = [key for key, kind in TYPES.items() if not isinstance(content.get(key, kind()), kind)]
@@ -40,7 +44,7 @@ def load(path: str | Path, bare: bool = False) -> dict[str, Any]:
     return content
 
 
-def _read(path: str | Path) -> Any:
+def read(path: str | Path) -> Any:
     """What torch.save wrote, if the checksums are right, which torch.load does not verify."""
     try:
         Path(path).open("rb").close()
@@ -55,7 +59,10 @@ def _read(path: str | Path) -> Any:
     except zipfile.BadZipFile:
         reason = "its checksums are wrong, so it is damaged"
     except pickle.UnpicklingError:
-        reason = "it holds pickled code, which is never run, or it is no checkpoint"
+        reason = (
+            "it is no checkpoint, or it holds pickled code, which is never run: save its weights "
+            "anew, by torch.save(model.state_dict(), FILE) in the program that made it"
+        )
     except Exception:  # damaged bytes raise all kinds of errors
         reason = "it is damaged, or no checkpoint"
     raise UserError(f"checkpoint {str(path)!r} is refused: {reason}")

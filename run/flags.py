@@ -84,7 +84,10 @@ class Value:
         if self.type is bool:
             return {"action": argparse.BooleanOptionalAction}
         options = {"type": self, "nargs": (self.count or "*") if self.many else None}
-        return options | ({"choices": self.choices} if self.choices else {"metavar": name.upper()})
+        if not self.choices:
+            return options | {"metavar": name.upper()}
+        taken = (*self.choices, None) if self.word == "null" else self.choices
+        return options | {"choices": taken, "metavar": f"{{{','.join(self.choices)}}}"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,7 +107,7 @@ class Parser(argparse.ArgumentParser):
 def add_flags(parser: Parser, cls: type, defaults: Mapping[str, Any]) -> None:
     """Add a flag for each field of a settings class, with its default in the help.
 
-    What has no default must be given: strings by their place, the rest by their flags.
+    What has no default must be given, by its place.
     """
     fields = dataclasses.fields(cls)
     titles = dict.fromkeys(field.metadata["group"] for field in fields)
@@ -115,10 +118,8 @@ def add_flags(parser: Parser, cls: type, defaults: Mapping[str, Any]) -> None:
         if field.name in defaults:
             help += f" (default: {show(defaults[field.name])})"
             group.add_argument(f"--{field.name}", help=help, **options)
-        elif field.type is str:
-            group.add_argument(field.name, metavar=field.name.upper(), help=help)
         else:
-            group.add_argument(f"--{field.name}", help=help, required=True, **options)
+            group.add_argument(field.name, metavar=field.name.upper(), help=help)
 
 
 def to_words(cls: type, values: Mapping[str, Any]) -> list[str]:

@@ -78,10 +78,13 @@ class Keeper:
         self.watch = Stopwatch(self.launch.device)
         return self.watch
 
-    def save_start(self, moco: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def save_start(
+        self, step: int, moco: torch.nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
         """Keep epoch 0 of a run that starts from weights of a file, which may be gone later."""
-        due = Due(row=False, knn=False, keep=True, save=True, stop=0)
-        self.save(due, 0, moco, optimizer)
+        if step == 0 and self.settings.init is not None:
+            due = Due(row=False, knn=False, keep=True, save=True, stop=0)
+            self.save(due, 0, moco, optimizer)
 
     def due(self, step: int) -> Due:
         """What is to be done after a step, the same on every process."""

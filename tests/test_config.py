@@ -21,7 +21,7 @@ def test_config_yaml_and_the_flags_have_the_same_names():
     sections = config.read_yaml(config.CONFIG_FILE)
     assert list(sections) == [*config.SECTIONS, "presets"]
     for cls in CLASSES:
-        without_default = {"checkpoint", "out", "format"} if cls is ExportSettings else set()
+        without_default = {"checkpoint", "out"} if cls is ExportSettings else set()
         assert set(config.read_defaults(cls)) == set(config.names_of(cls)) - without_default
 
 
@@ -203,10 +203,15 @@ def test_from_values_checks_what_it_knows_and_leaves_out_the_rest():
 
 def test_what_has_no_default_must_be_given():
     cfg = config.parse(ExportSettings, ["in.pth", "out.pth", "--format", "timm"])
-    assert cfg == ExportSettings("in.pth", "out.pth", "timm", overwrite=False)
-    for flags in (["in.pth", "--format=timm"], ["in.pth", "out.pth"]):
-        with pytest.raises(UserError, match="required"):
-            config.parse(ExportSettings, flags)
+    assert (cfg.checkpoint, cfg.out, cfg.format, cfg.overwrite) == (
+        "in.pth",
+        "out.pth",
+        "timm",
+        False,
+    )
+    assert config.parse(ExportSettings, ["a", "b", "--format", "null"]).format is None
+    with pytest.raises(UserError, match="required"):
+        config.parse(ExportSettings, ["in.pth", "--format=timm"])
 
 
 def test_help_shows_group_default_and_explanation(capsys: pytest.CaptureFixture):

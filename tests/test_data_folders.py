@@ -1,6 +1,7 @@
 """Class folders: which files count, in which order, and what takes an unreadable file's place."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,11 +62,31 @@ def test_an_evaluation_needs_two_folders_with_the_same_classes(tmp_path: Path, s
         open_center(tmp_path, split)
 
 
-def test_an_empty_class_folder_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_images_is_left_out_of_pretraining(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     write_folders(tmp_path, classes=2, train=1, test=1)
-    (tmp_path / "train" / "empty").mkdir()
-    with pytest.raises(UserError, match="train/empty' has no images"):
-        open_square(tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / split / "__MACOSX").mkdir()
+    images = open_square(tmp_path)
+    assert images.classes == ["class0", "class1"] and images.labels.tolist() == [0, 1]
+    assert "without images are left out: __MACOSX" in capsys.readouterr().err
+    with pytest.raises(UserError, match="train/__MACOSX' has no images"):
+        open_center(tmp_path, "train")
+
+
+def test_a_folder_without_classes_is_for_pretraining(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    write_folders(tmp_path / "data", classes=2, train=3, test=1)
+    for i, path in enumerate((tmp_path / "data" / "train").rglob("*.png")):
+        path.rename(tmp_path / f"{i}.png")
+    shutil.rmtree(tmp_path / "data")
+    images = open_square(tmp_path)
+    assert len(images) == 6 and images.labels.tolist() == [-1] * 6 and images.classes == []
+    assert "its 6 images have no labels" in capsys.readouterr().out
+    with pytest.raises(UserError, match="needs train/ and val/"):
+        open_center(tmp_path, "train")
 
 
 def test_val_without_class_folders(tmp_path: Path) -> None:

@@ -54,7 +54,6 @@ def test_detect(tmp_path: Path) -> None:
     [
         (None, ["is not a folder", "shapes", "--download", "train/"]),
         ([], ["no data set", ".jpg"]),
-        (["a.png"], ["class folders"]),
         (["one/notes.txt"], ["no data set"]),
         (["file"], ["no data set"]),
     ],

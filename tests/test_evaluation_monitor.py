@@ -8,7 +8,7 @@ import pytest
 import torch
 from evaluation_data import one_line
 from miniature import write_folders
-from scripts import run
+from scripts import assert_one_line_error, run
 
 import config
 import encoders
@@ -124,3 +124,12 @@ def test_bad_flags_are_one_line(tmp_path: Path, data: Path, flags: list[str], wo
     output = tmp_path / "out"
     done = run("train", f"--dataset_root={data}", f"--output_root={output}", *TINY, *flags)
     assert one_line(done, words) and not output.exists(), done.stderr
+
+
+def test_one_class_gives_no_accuracy(tmp_path: Path) -> None:
+    write_folders(tmp_path / "data", classes=1, train=40, test=5)
+    where = [f"--dataset_root={tmp_path}/data", f"--output_root={tmp_path}/out"]
+    assert_one_line_error(run("train", *where, *TINY, "--knn_every=1"), "two classes or more")
+    flags = [where[0], "--encoder=random", "--arch=resnet18", "--crop=16", "--device=cpu"]
+    flags += [f"--encoder_output_root={tmp_path}", "--num_workers=0", "--linear_lrs=0.1"]
+    assert_one_line_error(run("test", *flags), "one class, class0")
