@@ -23,6 +23,7 @@ from pages import (
     shell_words,
 )
 from scripts import run
+from weight_files import our_checkpoint
 
 import config
 from data import shapes
@@ -216,3 +217,16 @@ def test_the_commands_of_torchrun_work(tmp_path: Path, monkeypatch: pytest.Monke
     assert [command.script for command in found] == ["train", "test"]
     for command in found:
         execute(command)
+
+
+def test_the_lines_of_python_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shapes, "COUNT", {"pretrain": 128, "train": 128, "test": 20})
+    our_checkpoint(tmp_path / "output/MINE/a/checkpoints/last.pth.tar")
+    load, train = re.findall(r"```python\n(.*?)```", read(ROOT / "docs/python.md"), flags=re.DOTALL)
+    names: dict = {}
+    exec(load, names)
+    assert names["features"].shape == (8, 512)
+    exec(train, names)
+    assert names["step"] == 1 and names["loss"].isfinite()
+    assert int(names["moco"].queue_ptr) == 128
