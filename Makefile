@@ -1,7 +1,7 @@
 # make demo      see MoCo learn, on the built-in images
 # make test      run the tests
 # make lint      check format and style
-# make claims DATA=ROOT/CIFAR-10    the experiment M0 to M3: hours on a small machine
+# make claims DATA=ROOT/cifar-10    the experiment M0 to M3: hours on a small machine
 # make figures   draw img/ again from img/data/
 # make clean     remove .venv and caches
 #
@@ -33,7 +33,7 @@ lint: .venv/installed-dev
 
 claims: .venv/installed
 	@test -n "$(DATA)" || { \
-		echo "error: make claims needs a data set: make claims DATA=ROOT/CIFAR-10" >&2; \
+		echo "error: make claims needs a data set: make claims DATA=ROOT/cifar-10" >&2; \
 		exit 2; }
 	@$(PIP) "scikit-learn>=1.4"  # for the map of the features
 	$(RUN) benchmarks/claims.py $(DATA) --result_path img

@@ -1,7 +1,7 @@
 """The experiment M0 to M3 with several seeds, start to end: pretrain, evaluate, draw.
 
-    python benchmarks/claims.py ROOT/CIFAR-10       on a small machine: a run on each core
-    python benchmarks/claims.py ROOT/CIFAR-10 --lanes 4 --device cuda --seeds 0 1 2 \\
+    python benchmarks/claims.py ROOT/cifar-10       on a small machine: a run on each core
+    python benchmarks/claims.py ROOT/cifar-10 --lanes 4 --device cuda --seeds 0 1 2 \\
         -- --max_epoch 100 --schedule 60 80
     python benchmarks/claims.py ROOT/ILSVRC/Data/CLS-LOC --preset none \\
         --dataset_name IMAGENET-64 --lanes 1 --test_root ROOT/STL-10

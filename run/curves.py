@@ -78,9 +78,11 @@ def summarize(folder: Path, epoch: int | None) -> dict[str, float]:
     """
     if not (folder / "log.csv").exists():
         return {}
-    log = {name: np.array(values) for name, values in read_log(folder).items()}
-    if not {"epoch", "contrast_top1", "images_per_second"} <= log.keys():
+    log = utils.read_csv(folder / "log.csv", ("step", "loss"))
+    needed = {"epoch", "contrast_top1", "images_per_second"}
+    if not any(log["step"]) or not needed <= log.keys():
         return {}
+    log = {name: np.array(values) for name, values in log.items()}
     log = {name: values[log["step"] > 0] for name, values in log.items()}
     steps = np.diff(log["step"], prepend=0)  # a row holds means over the steps since the last one
     images = steps * read_settings(folder).get("batch_size", 0)

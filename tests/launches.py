@@ -21,7 +21,7 @@ from run import checkpoints
 ROOT = Path(utils.__file__).parent
 IMAGES, STEPS = 52, 6  # 2 epochs of 3 steps of 14 to 16 images: a queue of 40 keys wraps twice
 BASE = [
-    "--arch=resnet18",
+    "--arch=timm:test_resnet",  # small, so quick; the first job has a ResNet-18
     "--crop=33",
     "--resize=33",
     "--feature_dim=8",
@@ -37,7 +37,7 @@ BASE = [
 # name: flags, and the numbers of processes that give the same curve
 JOBS = {
     "v1 shuffled": (
-        ["--batch_size=16", "--bn_groups=4", "--shuffle_bn", "--log_every=1"],
+        ["--arch=resnet18", "--batch_size=16", "--bn_groups=4", "--shuffle_bn", "--log_every=1"],
         (4,),
     ),  # and over 4, then 2, in the resumed run
     "v2 plain": (

@@ -41,7 +41,7 @@ def test_the_experiment_runs_through_and_another_does_not_pass_for_it(tmp_path: 
     write_fashion_mnist(tmp_path / "data", train=40, test=20)
     done = claims(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    runs = tmp_path / "output" / "FASHION-MNIST"
+    runs = tmp_path / "output" / "CIFAR-10"
     results = {path: path.read_text() for path in runs.glob("*/eval/*/result.json")}
     assert {str(path.parent.relative_to(runs)) for path in results} == {
         "M0-seed3/eval/epoch_0002",

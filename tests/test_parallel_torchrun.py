@@ -70,7 +70,8 @@ def test_torchrun_ends_when_a_process_dies_and_saves_when_it_is_told_to_stop(
 
 
 @pytest.mark.parametrize(
-    "difference, part", [(["--lr=0.1"], "settings"), (["--dataset_root={small}"], "data set")]
+    "difference, part",
+    [(["--lr=0.1"], "checksum of the settings"), (["--dataset_root={small}"], "number of images")],
 )
 def test_processes_that_see_different_things_stop_before_the_first_step(
     difference: list[str], part: str, launch_data: dict[str, Path], tmp_path: Path

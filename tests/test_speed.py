@@ -113,7 +113,7 @@ def test_the_curve_in_bfloat16_is_that_in_float32_within_three_percent(tmp_path:
             f"--output_root={tmp_path}",
             f"--exp_version={precision}",
             f"--precision={precision}",
-            "--arch=resnet18",
+            "--arch=timm:test_resnet",
             "--crop=16",
             "--num_keys=256",
             "--batch_size=125",

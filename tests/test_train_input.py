@@ -56,16 +56,10 @@ def test_missing_dataset_root_is_one_line(tmp_path: Path):
     assert_one_line_error(run("train", f"--output_root={tmp_path}"), "--dataset_root", "shapes")
 
 
-@pytest.mark.parametrize(
-    "content, parts", [("empty", ["no"]), ("flat", ["folder"]), ("text", ["no"])]
-)
+@pytest.mark.parametrize("content, parts", [("empty", ["no"]), ("text", ["no"])])
 def test_folders_without_a_data_set(tmp_path: Path, content: str, parts: list[str]):
     root = tmp_path / "data"
-    write_folders(tmp_path / "real", classes=1, train=3, test=1, size=8)
     root.mkdir()
-    if content == "flat":
-        for image in (tmp_path / "real").rglob("*.png"):
-            image.rename(root / image.name)
     if content == "text":
         (root / "notes.txt").write_text("no images here")
     assert_one_line_error(pretrain(root, tmp_path / "out"), str(root), *parts)
