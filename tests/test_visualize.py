@@ -111,6 +111,13 @@ def test_figures_of_runs(place: Path) -> None:
     assert done.returncode == 0 and "stored" in done.stdout  # no data set is needed
 
 
+def test_the_loss_needs_no_checkpoint(place: Path, tmp_path: Path) -> None:
+    flags = [f"--encoder_output_root={place}/output", "--encoder_exp_version=M0"]  # has none
+    done = run("visualize", *flags, f"--result_path={tmp_path}", "--figures", "loss")
+    assert done.returncode == 0 and drawn_in(tmp_path) == ["loss"], done.stderr
+    assert_one_line_error(run("visualize", *flags, "--figures", "filters"), "no last checkpoint")
+
+
 def test_a_report_is_one_page_that_needs_nothing_else(place: Path, tmp_path: Path) -> None:
     flags = [f"--encoder_output_root={place}/output", f"--dataset_root={place}/data", *FAST]
     flags += ["--multiple_encoder_exp_version", "M1", "M3", "--report"]
