@@ -4,8 +4,9 @@
     im_q = augment(batch.images, params, recipe("v2", crop=64))     # (N, 3, 64, 64), normalised
 
 v1 (arXiv:1911.05722): crop, greyscale, jitter, flip; v2 (arXiv:2003.04297): crop, jitter,
-greyscale, blur, flip; both as the reference. The flip commutes with the others, so the crop makes
-it. Views stay unrounded in [0, 1], as colour planes (3, N, crop, crop), until they are normalised.
+greyscale, blur, flip; both as the reference. Flips commute with the others, so the crop makes
+them. Views stay unrounded in [0, 1], as planes (C, N, height, width), until they are normalised.
+Images of other than three channels C have no hue, saturation or greyscale.
 """
 
 import math
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import TrainSettings
+from data.base import Crop, height_width
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -28,17 +30,19 @@ TRIES = 10  # of RandomResizedCrop, before it takes the centre
 class Recipe:
     """Which random views to make; v1's by default."""
 
-    crop: int  # side of the view, px
+    crop: Crop  # side of the view, px, or its height and width
     scale: tuple[float, float] = (0.2, 1.0)  # area of a crop, as a share of the image's
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # its width over its height
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # its width over its height, over the view's
     grid: int | None = None  # side in pixels of square images, to crop whole pixels as torchvision
-    flip: float = 0.5  # probability, as jitter_p, grayscale and blur_p
+    hflip: float = 0.5  # probability, as those down to blur_p
+    vflip: float = 0.0
+    rotate90: float = 0.0  # by one, two or three right angles
     jitter: tuple[float, ...] = (0.4, 0.4, 0.4, 0.4)  # strengths of JITTER, as torchvision's
     jitter_p: float = 1.0
     grayscale: float = 0.2
     blur_p: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # in pixels of the view
-    steps: tuple[str, ...] = ("grayscale", "jitter", "blur")
+    steps: tuple[str, ...] = ("transpose", "grayscale", "jitter", "blur")
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
@@ -46,22 +50,27 @@ class Recipe:
 def recipe(version: str, crop: int, **changes) -> Recipe:
     """The recipe of MoCo "v1" or "v2" (the reference's aug_plus), with some fields changed."""
     if version == "v2":
-        weak_hue, steps = (0.4, 0.4, 0.4, 0.1), ("jitter", "grayscale", "blur")
+        steps, weak_hue = ("transpose", "jitter", "grayscale", "blur"), (0.4, 0.4, 0.4, 0.1)
         changes = {"jitter": weak_hue, "jitter_p": 0.8, "blur_p": 0.5, "steps": steps} | changes
     return Recipe(crop, **changes)
 
 
 def training_recipe(settings: TrainSettings, grid: int | None = None) -> Recipe:
     """The recipe of a training; `grid` as in `Recipe`, used with --pixel_boxes."""
+    jitter = {} if settings.jitter is None else {"jitter": tuple(settings.jitter)}
     return recipe(
         "v2" if settings.aug_plus else "v1",
         settings.crop,
         scale=tuple(settings.crop_scale),
         grid=grid if settings.pixel_boxes else None,
+        hflip=settings.hflip,
+        vflip=settings.vflip,
+        rotate90=settings.rotate90,
         grayscale=settings.grayscale,
         blur_p=settings.blur if settings.aug_plus else 0.0,
         mean=tuple(settings.mean),
         std=tuple(settings.std),
+        **jitter,
     )
 
 
@@ -70,7 +79,9 @@ class Params:
     """The random numbers of one view of a batch, a row an image; the batch shares `order`."""
 
     box: Tensor  # (N, 4) left, top, width, height of the crop, as shares of width and height
-    flip: Tensor  # (N,) bool
+    hflip: Tensor  # (N,) bool
+    vflip: Tensor  # (N,) bool
+    transpose: Tensor  # (N,) bool: after the flips; a turn by a right angle is both
     jitter: Tensor  # (N,) bool: whether the next apply
     factors: Tensor  # (N, 4) of JITTER; hue: a shift, in turns of the colour circle
     grayscale: Tensor  # (N,) bool
@@ -101,18 +112,30 @@ def draw(aspect: Tensor, recipe: Recipe, generator: torch.Generator) -> Params:
         return low + (high - low) * numbers
 
     area = uniform(*recipe.scale, TRIES)
-    ratio = uniform(*map(math.log, recipe.ratio), TRIES).exp()
+    height, width = height_width(recipe.crop)
+    ratio = uniform(*map(math.log, recipe.ratio), TRIES).exp() * (width / height)
     *strengths, hue = recipe.jitter
     ranges = [*((max(0.0, 1 - s), 1 + s) for s in strengths), (-hue, hue)]
-    return Params(  # the numbers are drawn in this order
+    none = torch.zeros(len(aspect), dtype=torch.bool)
+    drawn = Params(  # the numbers are drawn in this order
         box=_boxes(aspect, area, ratio, uniform(0, 1, 2), recipe),
         order=tuple(torch.randperm(len(JITTER), generator=generator).tolist()),
-        flip=uniform(0, 1) < recipe.flip,
+        hflip=uniform(0, 1) < recipe.hflip,
+        vflip=none,
+        transpose=none,
         jitter=uniform(0, 1) < recipe.jitter_p,
         factors=torch.stack([uniform(low, high) for low, high in ranges], dim=1),
         grayscale=uniform(0, 1) < recipe.grayscale,
         blur=uniform(0, 1) < recipe.blur_p,
         sigma=uniform(*recipe.blur_sigma),
+    )
+    vflip, turned = uniform(0, 1) < recipe.vflip, uniform(0, 1) < recipe.rotate90
+    angles = torch.where(turned, uniform(1, 4).floor(), 0.0)  # right angles, counter-clockwise
+    return replace(
+        drawn,
+        hflip=drawn.hflip ^ (angles == 1) ^ (angles == 2),
+        vflip=vflip ^ (angles == 2) ^ (angles == 3),
+        transpose=(angles == 1) | (angles == 3),
     )
 
 
@@ -120,10 +143,11 @@ def draw(aspect: Tensor, recipe: Recipe, generator: torch.Generator) -> Params:
 def augment(
     images: Tensor, params: Params, recipe: Recipe, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """One random view of each image: uint8 (N, 1 or 3, H, W) -> `dtype` (N, 3, crop, crop).
+    """One random view of each image: uint8 (N, C, H, W) -> `dtype` (N, C, height, width).
 
-    The images may have any size, and be squeezed to a square. The views are normalised, on their
-    device, in float32 or float64, whatever autocast says.
+    C is the number of means; images of one channel may stand for three. The images may have any
+    size, and be squeezed to a square. The views are normalised, on their device, in float32 or
+    float64, whatever autocast says.
     """
     n, device = len(images), images.device
 
@@ -132,12 +156,13 @@ def augment(
         return x.to(device, non_blocking=device.type == "cuda")
 
     # which images a step changes is read on the CPU, so that nothing waits for the device
-    chosen = [send(getattr(params, name).nonzero().squeeze(1)) for name in recipe.steps]
+    steps = [name for name in recipe.steps if name != "grayscale" or len(recipe.mean) == 3]
+    chosen = [send(getattr(params, name).nonzero().squeeze(1)) for name in steps]
     params = params.apply(send)
-    functions = {"grayscale": _grayscale, "jitter": _jitter, "blur": _blur}
+    functions = {"grayscale": _grayscale, "jitter": _jitter, "blur": _blur, "transpose": _transpose}
     with torch.autocast(device.type, enabled=False):
-        planes = _crop(images, params, recipe.crop)
-        for step, index in zip(map(functions.get, recipe.steps), chosen, strict=True):
+        planes = _crop(images, params, recipe)
+        for step, index in zip(map(functions.get, steps), chosen, strict=True):
             if len(index) == n:
                 planes = step(planes, params, recipe)
             elif len(index):
@@ -155,14 +180,14 @@ def views(
     rows: slice,
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """A random view (m, 3, crop, crop) of each image for each generator, channels last.
+    """A random view (m, C, height, width) of each image for each generator, channels last.
 
     The images (m, C, H, W) and their aspects (m,) are the `rows` of a batch of n: all n are drawn,
     so that the random numbers of a row do not depend on who holds which rows.
     """
     whole = torch.ones(n)
     whole[rows] = aspect
-    params = [draw(whole, recipe, generator).rows(rows) for generator in generators]
+    params = (draw(whole, recipe, generator).rows(rows) for generator in generators)
     made = [augment(images, drawn, recipe, dtype) for drawn in params]
     return [view.contiguous(memory_format=torch.channels_last) for view in made]
 
@@ -171,15 +196,15 @@ def views(
 def normalize(
     images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """uint8 (N, 1 or 3, H, W) -> `dtype` (N, 3, H, W): (x / 255 - mean) / std, for evaluation."""
+    """uint8 (N, C, H, W) -> `dtype`: (x / 255 - mean) / std, for evaluation; C as in `augment`."""
     planes = images.transpose(0, 1).to(dtype) / 255
-    return _standardize(planes.expand(3, -1, -1, -1), mean, std)
+    return _standardize(planes.expand(len(mean), -1, -1, -1), mean, std)
 
 
 def _standardize(planes: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Planes (3, N, H, W) -> (N, 3, H, W). To copy a tensor of means to the device would wait."""
-    out = planes.new_empty(planes.shape[1], 3, *planes.shape[2:])
-    for c in range(3):
+    """Planes (C, N, H, W) -> (N, C, H, W). To copy a tensor of means to the device would wait."""
+    out = planes.new_empty(planes.shape[1], len(planes), *planes.shape[2:])
+    for c in range(len(planes)):
         torch.sub(planes[c], mean[c], out=out[:, c]).div_(std[c])
     return out
 
@@ -191,7 +216,9 @@ def _boxes(aspect: Tensor, area: Tensor, ratio: Tensor, place: Tensor, recipe: R
     s and ratio r is sqrt(s r / aspect) wide and sqrt(s aspect / r) high. torchvision rounds both to
     pixels, as on a `grid`; at 28 px continuous boxes overlap more: a run's loss is lower by 0.1.
     """
-    a, grid, (least, most) = aspect[:, None], recipe.grid, recipe.ratio
+    height, width = height_width(recipe.crop)
+    a, grid = aspect[:, None], recipe.grid
+    least, most = (bound * width / height for bound in recipe.ratio)
     tries = torch.stack([(area * ratio / a).sqrt(), (area * a / ratio).sqrt()], dim=-1)
     centre = torch.stack([most / aspect, aspect / least], dim=-1).clamp(max=1)
     if grid is not None:
@@ -206,21 +233,29 @@ def _boxes(aspect: Tensor, area: Tensor, ratio: Tensor, place: Tensor, recipe: R
     return torch.cat([corner, size], dim=1)
 
 
-def _crop(images: Tensor, params: Params, crop: int) -> Tensor:
-    """Crop, antialiased resize, flip: uint8 (N, C, H, W) -> planes (3, N, crop, crop) in [0, 1]."""
+def _crop(images: Tensor, params: Params, recipe: Recipe) -> Tensor:
+    """Crop, antialiased resize, flips: uint8 (N, C, H, W) -> planes (C, N, h, w) in [0, 1]."""
     n, c, height, width = images.shape
+    out_height, out_width = height_width(recipe.crop)
     left, top, box_width, box_height = params.box.unbind(1)
     start, length, device, dtype = top * height, box_height * height, top.device, top.dtype
-    blocks = next(b for b in (4, 2, 1) if crop % b == 0)
+    blocks = next(b for b in (4, 2, 1) if out_height % b == 0)
     # to make a block of output rows takes a strip of the image only; the longest strip is that of
     # a box as high as the image, with a pixel more at either end for where these fall
-    strip = min(height, math.ceil(height / blocks + 2 * max(1, height / crop)) + 2)
+    strip = min(height, math.ceil(height / blocks + 2 * max(1, height / out_height)) + 2)
+
+    def places(count: int, flip: Tensor) -> Tensor:
+        """Where in a box, from 0 to 1, the output pixels of a line lie: (N, count)."""
+        place = torch.arange(count, device=device, dtype=dtype).add_(0.5).div_(count)
+        return torch.where(flip[:, None], 1 - place, place)
+
     share = torch.arange(blocks, device=device, dtype=dtype) / blocks
-    edge = start[:, None] + length[:, None] * share - (length[:, None] / crop).clamp(min=1)
+    share = torch.where(params.vflip[:, None], 1 - share - 1 / blocks, share)
+    edge = start[:, None] + length[:, None] * share - (length[:, None] / out_height).clamp(min=1)
     first = edge.floor().long().clamp(0, height - strip)  # (N, blocks): the strips' first rows
-    place = torch.arange(crop, device=device, dtype=dtype).add_(0.5).div_(crop).expand(n, crop)
+    place = places(out_height, params.vflip)
     rows = _resampling(start, length, place, first, strip).flatten(0, 1)
-    place = torch.where(params.flip[:, None], 1 - place, place)
+    place = places(out_width, params.hflip)
     zero = torch.zeros_like(first[:, :1])  # all columns are one block, and see the whole line
     columns = _resampling(left * width, box_width * width, place, zero, width).squeeze(1).mT
     first = first + height * torch.arange(n, device=device)[:, None]  # in the lines of all images
@@ -232,8 +267,8 @@ def _crop(images: Tensor, params: Params, crop: int) -> Tensor:
         lines = images.transpose(0, 1).reshape(c, n * height, width).index_select(1, index)
         strips = lines.view(c, -1, strip, width)
     planes = strips.to(dtype, memory_format=torch.contiguous_format)  # (C, N blocks, strip, W)
-    cropped = [torch.bmm(torch.bmm(rows, p).view(n, crop, width), columns) for p in planes]
-    return torch.stack(cropped).div_(255).expand(3, -1, -1, -1).contiguous()
+    cropped = [torch.bmm(torch.bmm(rows, p).view(n, out_height, width), columns) for p in planes]
+    return torch.stack(cropped).div_(255).expand(len(recipe.mean), -1, -1, -1).contiguous()
 
 
 def _resampling(start: Tensor, length: Tensor, place: Tensor, first: Tensor, pixels: int) -> Tensor:
@@ -253,19 +288,26 @@ def _resampling(start: Tensor, length: Tensor, place: Tensor, first: Tensor, pix
     return weight.div_(weight.sum(3, keepdim=True))
 
 
+def _transpose(planes: Tensor, params: Params, recipe: Recipe) -> Tensor:
+    return planes.mT
+
+
 def _grayscale(planes: Tensor, params: Params, recipe: Recipe) -> Tensor:
     return _luma(planes).repeat(3, 1, 1, 1)
 
 
 def _luma(planes: Tensor) -> Tensor:
-    """Brightness as seen by the eye (ITU-R 601): (N, H, W)."""
+    """Brightness as seen by the eye (ITU-R 601), or the mean of other channels: (N, H, W)."""
+    if len(planes) != 3:
+        return planes.mean(0)
     red, green, blue = planes
     return (red * 0.299).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def _jitter(planes: Tensor, params: Params, recipe: Recipe) -> Tensor:
     """The colour operations in the batch's order, but those of strength 0; in place."""
-    for i in [i for i in params.order if recipe.jitter[i] > 0]:
+    colours = 4 if len(planes) == 3 else 2  # without three channels, brightness and contrast
+    for i in [i for i in params.order if i < colours and recipe.jitter[i] > 0]:
         name, factor = JITTER[i], params.factors[:, i, None, None]
         if name == "hue":
             _turn_hue(planes, factor)
@@ -301,14 +343,18 @@ def _turn_hue(planes: Tensor, shift: Tensor) -> None:
 
 
 def _blur(planes: Tensor, params: Params, recipe: Recipe) -> Tensor:
-    """Gaussian blur, reflected at the border: by a matrix (N, size, size) along either axis."""
-    size, sigma = recipe.crop, params.sigma[:, None]
-    radius = min(math.ceil(3 * recipe.blur_sigma[1]), size - 1)  # as far as reflection reaches
+    """Gaussian blur, reflected at the border: by a matrix (N, side, side) along either axis."""
+    rows, columns = (_blurring(side, params.sigma, recipe) for side in planes.shape[2:])
+    return torch.stack([torch.bmm(torch.bmm(rows, plane), columns.mT) for plane in planes])
+
+
+def _blurring(side: int, sigma: Tensor, recipe: Recipe) -> Tensor:
+    """Matrices (N, side, side) that blur a line of pixels by sigma (N,)."""
+    radius = min(math.ceil(3 * recipe.blur_sigma[1]), side - 1)  # as far as reflection reaches
     tap = torch.arange(-radius, radius + 1, device=sigma.device)
-    kernel = torch.exp(-0.5 * (tap / sigma) ** 2)  # (N, taps)
+    kernel = torch.exp(-0.5 * (tap / sigma[:, None]) ** 2)  # (N, taps)
     kernel /= kernel.sum(1, keepdim=True)
     # the matrix blurs a line as the identity is blurred: the sum over taps of its shifted copies
-    identity = torch.eye(size, dtype=sigma.dtype, device=sigma.device)
-    shifted = F.pad(identity, (radius, radius), mode="reflect").unfold(1, size, 1)
-    matrix = torch.einsum("nt,jti->nij", kernel, shifted)
-    return torch.stack([torch.bmm(torch.bmm(matrix, plane), matrix.mT) for plane in planes])
+    identity = torch.eye(side, dtype=sigma.dtype, device=sigma.device)
+    shifted = F.pad(identity, (radius, radius), mode="reflect").unfold(1, side, 1)
+    return torch.einsum("nt,jti->nij", kernel, shifted)

@@ -8,6 +8,7 @@ one argparse parser, which checks every value.
 import argparse
 import dataclasses
 import difflib
+import math
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from data.base import Pixels
 from run.flags import Auto, Parser, add_flags, flag, show, to_words
 from utils import UserError, atomic_write
 
@@ -44,10 +46,17 @@ class TrainSettings:
     dataset_name: str = DATA("its name in output/DATASET_NAME/EXP_VERSION", trait=MAY_CHANGE)
     exp_version: str = DATA("name of the run", trait=MAY_CHANGE)
     output_root: str = DATA("where runs are kept", trait=PER_MACHINE)
-    crop: int = DATA("side of the views, px", 8, 4096)
+    crop: int | list[int] = DATA("side of the views, or height and width, px", 8, 4096)
     resize: int | Auto = DATA(
         "side of stored images, px; auto: 2 x crop or the native size", 8, 4096
     )
+    channels: int = DATA("channels of the images; with --mean and --std of as many values", 1)
+    value_range: list[float] | None = DATA(
+        "of values of more than 8 bits, black and white; default: by the images",
+        -math.inf,
+        count=2,
+    )
+    background: int = DATA("grey value behind what is transparent", 0, 255)
     num_workers: int | Auto = DATA(
         "processes that decode images; auto: the cores, up to 8", trait=PER_MACHINE
     )
@@ -60,9 +69,15 @@ class TrainSettings:
         "area of a crop, as a part of the image, from - to", 0, 1, count=2
     )
     pixel_boxes: bool = VIEWS("crops on whole pixels, as torchvision's; for images of 28 px")
+    hflip: float = VIEWS("probability of a view mirrored left to right", 0, 1)
+    vflip: float = VIEWS("probability of one mirrored top to bottom", 0, 1)
+    rotate90: float = VIEWS("probability of one turned by 90, 180 or 270 degrees", 0, 1)
+    jitter: list[float] | None = VIEWS(
+        "strengths of brightness, contrast, saturation, hue; default: as the papers", 0, 1, count=4
+    )
     grayscale: float = VIEWS("probability of a greyscale view", 0, 1)
-    mean: list[float] = VIEWS("normalisation: mean of each channel", count=3)
-    std: list[float] = VIEWS("normalisation: standard deviation of each channel", 1e-6, count=3)
+    mean: list[float] = VIEWS("normalisation: mean of each channel")
+    std: list[float] = VIEWS("normalisation: standard deviation of each channel", 1e-6)
 
     arch: str = MODEL("a ResNet of torchvision, or timm:NAME, as timm:vit_small_patch16_224")
     init: str | None = MODEL("file of weights to start from; null: random ones")
@@ -117,7 +132,7 @@ class TestSettings:
     arch: str = ENCODER("of a random encoder without a run; auto: the run's")
 
     dataset_root: str | None = DATA("labelled images (docs/data.md), or shapes")
-    crop: int | Auto = DATA("side of the centre crop, px; auto: as in training", 8, 4096)
+    crop: int | list[int] | Auto = DATA("centre crop, px; auto: as in training", 8, 4096)
     resize: int | Auto = DATA("shorter side, px; auto: 8/7 x crop", 8, 4096, trait=COMPARABLE)
     train_fraction: float = DATA("share of each class's labels", 1e-6, 1, trait=COMPARABLE)
     folds: bool = DATA("STL-10's ten folds of 1,000 training images", trait=COMPARABLE)
@@ -178,7 +193,7 @@ class ExportSettings:
     features: str | None = FEATURES("a folder of images, of any depth, or one image")
     nearest: str | None = FEATURES("an image whose ten nearest of them are shown")
     predict: str | None = FEATURES("a linear.pth.tar of test.py, whose classes go to OUT.csv, too")
-    crop: int | Auto = FEATURES("centre crop, px; auto: the training's", 8, 4096)
+    crop: int | list[int] | Auto = FEATURES("centre crop, px; auto: the training's", 8, 4096)
     resize: int | Auto = FEATURES("shorter side, px; auto: 8/7 x crop", 8, 4096)
     batch_size: int = FEATURES("images at once, over all devices", 1)
     num_workers: int | Auto = FEATURES("processes that decode images; auto: as train.py")
@@ -234,6 +249,12 @@ def from_values(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
 
 def to_settings(cls: type[Settings], parsed: argparse.Namespace) -> Settings:
     return cls(**{name: getattr(parsed, name) for name in names_of(cls)})
+
+
+def pixels_of(settings: TrainSettings) -> Pixels:
+    """How a run's images are decoded."""
+    low_high = settings.value_range
+    return Pixels(settings.channels, low_high and tuple(low_high), settings.background)
 
 
 def names_of(cls: type[Settings]) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data import cifar10, fashion_mnist, folders, shapes, stl10, store
-from data.base import Batch, Dataset, Size
+from data.base import RGB, Batch, Crop, Dataset, Pixels, Size
 from data.decoding import EXTENSIONS
 from data.failures import Failures
 from data.workers import fetch_all
@@ -30,9 +30,16 @@ def detect(root: str) -> str:
 
 
 def open_dataset(
-    root: str, split: str, *, fit: str, resize: int | str, crop: int, download: bool = False
+    root: str,
+    split: str,
+    *,
+    fit: str,
+    resize: int | str,
+    crop: Crop,
+    pixels: Pixels | None = RGB,
+    download: bool = False,
 ) -> Dataset:
-    """A split (pretrain, train or test) of the data set in `root`; `fit` is that of data.base.Size.
+    """A split (pretrain, train or test) of the data set in `root`; for the rest see data.base.Size.
 
     `download` fetches STL-10 first. UserError if the split is not there or not sound.
     """
@@ -44,7 +51,7 @@ def open_dataset(
                 f"({kind.NAME}): leave --download out"
             )
         stl10.download(root)
-    return _find_kind(root).open_split(root, split, Size(fit, resize, crop))
+    return _find_kind(root).open_split(root, split, Size(fit, resize, crop, pixels))
 
 
 def _find_kind(root: str) -> ModuleType:

@@ -1,7 +1,7 @@
 """Image encoders: torchvision's ResNets and timm's models, untrained or with a file's weights.
 
-An encoder maps normalised images (N, 3, H, W) to (N, feature_dim); without its head, as evaluation
-and export use it, to pooled features (N, D).
+An encoder maps normalised images (N, channels, H, W) to (N, feature_dim); without its head, as
+evaluation and export use it, to pooled features (N, D).
 """
 
 import difflib
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import torchvision
 
 from config import TrainSettings, from_values
+from data.base import Crop, height_width, in_px
 from run import checkpoints
 from utils import UserError, generator
 
@@ -75,23 +76,24 @@ def build_encoder(
     *,
     mlp: bool = False,
     small_stem: bool = False,
-    crop: int | None = None,
+    crop: Crop | None = None,
+    channels: int = 3,
 ) -> nn.Module:
     """An untrained encoder; its output (N, feature_dim) is not yet normalised.
 
     `arch` is a ResNet of torchvision, or timm:NAME. `mlp` makes the head that of MoCo v2:
     Linear-ReLU-Linear (arXiv:2003.04297, section 2). `small_stem`, of a ResNet for images up to
     64 px, is a first convolution of 3 x 3 with stride 1 and no max pool, as is usual on CIFAR.
-    `crop` is the side of the images, which a ViT must know. Raises UserError as `check_arch`, and
-    for what a model of timm cannot do.
+    `crop` is the side of the images, or height and width, which a ViT must know. Raises
+    UserError as `check_arch`, and for what a model of timm cannot do.
     """
     check_arch(arch)
     if arch.startswith(TIMM):
-        encoder = _build_timm(arch, feature_dim, crop)
+        encoder = _build_timm(arch, feature_dim, crop, channels)
         if small_stem:
             raise UserError(f"--small_stem is for torchvision's ResNets, not for {arch}")
     else:
-        encoder = _build_resnet(arch, feature_dim, small_stem)
+        encoder = _build_resnet(arch, feature_dim, small_stem, channels)
     if mlp:
         path = head_of(arch)
         last = encoder.get_submodule(path)
@@ -102,11 +104,13 @@ def build_encoder(
     return encoder
 
 
-def _build_resnet(arch: str, feature_dim: int, small_stem: bool) -> nn.Module:
+def _build_resnet(arch: str, feature_dim: int, small_stem: bool, channels: int) -> nn.Module:
     encoder = torchvision.models.get_model(arch, num_classes=feature_dim)
-    if small_stem:
-        encoder.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    if small_stem or channels != 3:
+        kernel, stride, padding = (3, 1, 1) if small_stem else (7, 2, 3)
+        encoder.conv1 = nn.Conv2d(channels, 64, kernel, stride, padding, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if small_stem:
         encoder.maxpool = nn.Identity()
     for parent in list(encoder.modules()):
         for name, child in parent.named_children():
@@ -115,21 +119,23 @@ def _build_resnet(arch: str, feature_dim: int, small_stem: bool) -> nn.Module:
     return encoder
 
 
-def _build_timm(arch: str, feature_dim: int, crop: int | None) -> nn.Module:
+def _build_timm(arch: str, feature_dim: int, crop: Crop | None, channels: int) -> nn.Module:
     import timm
 
     name = arch.removeprefix(TIMM)
     about = timm.get_pretrained_cfg(name)
     size = {"img_size": crop} if crop and about.fixed_input_size else {}
+    size |= {"in_chans": channels} if channels != 3 else {}  # a few models do not know it
     try:
         encoder = timm.create_model(name, num_classes=feature_dim, **size)
         if crop:
             with torch.no_grad():
-                encoder.eval()(torch.zeros(1, 3, crop, crop))
+                encoder.eval()(torch.zeros(1, channels, *height_width(crop)))
             encoder.train()
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"timm's {name} does not take images of {crop} px: {reason}") from None
+        what = in_px(crop) + (f" and {channels} channels" if channels != 3 else "")
+        raise UserError(f"timm's {name} does not take images of {what}: {reason}") from None
     if not isinstance(encoder.get_classifier(), nn.Linear):
         raise UserError(f"--arch {arch} has no linear classifier to make MoCo's head of")
     return encoder
@@ -163,22 +169,44 @@ def images_of(arch: str) -> dict[str, Any]:
     return {"crop": about.input_size[-1], "mean": list(about.mean), "std": list(about.std)}
 
 
-def build_untrained(
-    arch: str, seed: int, feature_dim: int, mlp: bool, small_stem: bool, crop: int
-) -> nn.Module:
+def build_from(settings: TrainSettings) -> nn.Module:
+    """The encoder of a run, with random weights."""
+    kind = {name: getattr(settings, name) for name in ("mlp", "small_stem", "crop", "channels")}
+    return build_encoder(settings.arch, settings.feature_dim, **kind)
+
+
+def build_untrained(settings: TrainSettings) -> nn.Module:
     """The encoder from which a run with these settings starts."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(seed, "weights").initial_seed())
-        return build_encoder(arch, feature_dim, mlp=mlp, small_stem=small_stem, crop=crop)
+        torch.manual_seed(generator(settings.seed, "weights").initial_seed())
+        return build_from(settings)
 
 
 def remove_head(encoder: nn.Module) -> nn.Module:
-    """The encoder without its head, changed in place: (N, 3, H, W) to pooled features (N, D)."""
+    """The encoder without its head, changed in place: it gives pooled features (N, D)."""
     if hasattr(encoder, "reset_classifier"):  # of timm
         encoder.reset_classifier(0)
     else:
         encoder.fc = nn.Identity()
     return encoder
+
+
+def fit_channels(weights: dict[str, torch.Tensor], channels: int) -> dict[str, torch.Tensor]:
+    """An encoder's weights for images of another number of channels.
+
+    The filters of the first layer are repeated, or for fewer channels summed, and scaled, so that
+    an image of equal channels gives what it gave.
+    """
+    name = next(name for name, value in weights.items() if value.ndim == 4)
+    first = weights[name]
+    old = first.shape[1]
+    if channels < old:
+        first = first.sum(1, keepdim=True).expand(-1, channels, -1, -1) / channels
+    elif channels > old:
+        which = torch.arange(channels) % old
+        copies = torch.bincount(which)[which]
+        first = first[:, which] / copies[:, None, None]
+    return weights | {name: first}
 
 
 @functools.cache
@@ -193,12 +221,13 @@ def shapes_of(arch: str) -> set[tuple[str, torch.Size]]:
 class LoadedEncoder:
     """The encoder of a file, and what the file was found to be."""
 
-    encoder: nn.Module  # without head: (N, 3, H, W) to pooled features (N, D)
+    encoder: nn.Module  # without head: (N, channels, H, W) to pooled features (N, D)
     head: dict[str, torch.Tensor]  # the head's weights, by their names in the whole encoder
     arch: str
     feature_dim: int | None  # width of the head's output; None: the file has no head of ours
     mlp: bool
     small_stem: bool
+    channels: int  # that the first layer takes
     description: str  # for the user
     settings: TrainSettings | None  # those of the run, if our train.py wrote the file
     checkpoint: dict[str, Any]  # all that the file holds
@@ -216,9 +245,10 @@ def load(path: str | Path, arch: str = "auto") -> LoadedEncoder:
     try:
         settings = read_settings(checkpoint)
         named, crop = (settings.arch, settings.crop) if settings else (arch, None)
-        loaded = recognize(checkpoint, named if named.startswith(TIMM) else "auto", crop)
+        named = named if named.startswith(TIMM) else "auto"
+        loaded = recognize(checkpoint, named, crop, settings.channels if settings else None)
         said = {} if settings is None else vars(settings)
-        for name in ("arch", "feature_dim", "mlp", "small_stem"):
+        for name in ("arch", "feature_dim", "mlp", "small_stem", "channels"):
             found = getattr(loaded, name)
             if said.get(name, found) != found:
                 raise UserError(
@@ -231,7 +261,9 @@ def load(path: str | Path, arch: str = "auto") -> LoadedEncoder:
     return replace(loaded, settings=settings)
 
 
-def recognize(checkpoint: dict[str, Any], arch: str, crop: int | None) -> LoadedEncoder:
+def recognize(
+    checkpoint: dict[str, Any], arch: str, crop: Crop | None, channels: int | None
+) -> LoadedEncoder:
     """The encoder of a checkpoint, strictly; UserError if it is incomplete or not known."""
     tensors = {str(n): t for n, t in checkpoint["state_dict"].items() if torch.is_tensor(t)}
     if arch == "auto":
@@ -250,7 +282,9 @@ def recognize(checkpoint: dict[str, Any], arch: str, crop: int | None) -> Loaded
     mlp = f"{head}.2.bias" in weights
     bias = weights.get(f"{head}.2.bias" if mlp else f"{head}.bias")
     feature_dim = None if bias is None else bias.numel()
-    kind = {"mlp": mlp, "small_stem": small_stem, "crop": crop}
+    if channels is None:  # a first layer is a convolution
+        channels = next((v.shape[1] for v in weights.values() if v.ndim == 4), 3)
+    kind = {"mlp": mlp, "small_stem": small_stem, "crop": crop, "channels": channels}
     encoder = build_encoder(arch, feature_dim or 128, **kind)
     if not is_moco and not any(name.startswith(f"{head}.") for name in weights):
         remove_head(encoder)
@@ -270,7 +304,9 @@ def recognize(checkpoint: dict[str, Any], arch: str, crop: int | None) -> Loaded
         feature_dim=feature_dim,
         mlp=mlp,
         small_stem=small_stem,
+        channels=channels,
         description=f"{what}: {arch}, {'small stem, ' if small_stem else ''}"
+        f"{f'{channels} channels, ' if channels != 3 else ''}"
         f"{about if feature_dim else 'no head'}",
         settings=None,
         checkpoint=checkpoint,

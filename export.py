@@ -23,7 +23,7 @@ import config
 import encoders
 import parallel
 from config import ExportSettings, TrainSettings
-from data.base import Size
+from data.base import Size, height_width, in_px
 from data.folders import FolderImages, image_files
 from evaluation import embed
 from evaluation.features import Extractor
@@ -53,10 +53,12 @@ def export_features(settings: ExportSettings, loaded: encoders.LoadedEncoder, ou
     training = loaded.settings or guess
     crop = training.crop if settings.crop == "auto" else settings.crop
     if encoders.has_fixed_size(loaded.arch) and crop != training.crop:
-        raise UserError(f"--crop {crop}: {loaded.arch} takes images of {training.crop} px only")
+        only = f"{loaded.arch} takes images of {in_px(training.crop)} only"
+        raise UserError(f"--crop {in_px(crop)}: {only}")
     if parallel.several_processes():
         raise UserError("--features is for one process: use plain python, on as many GPUs")
-    images = open_images(settings.features, Size("center", settings.resize, crop))
+    pixels = config.pixels_of(training)
+    images = open_images(settings.features, Size("center", settings.resize, crop, pixels))
     with parallel.open_launch(settings.device) as launch:
         extractor = Extractor(
             loaded.encoder,
@@ -70,7 +72,8 @@ def export_features(settings: ExportSettings, loaded: encoders.LoadedEncoder, ou
         classifier = None
         if settings.predict is not None:
             with torch.no_grad():
-                blank = torch.zeros(1, 3, crop, crop, dtype=extractor.dtype, device=launch.device)
+                shape = 1, loaded.channels, *height_width(crop)
+                blank = torch.zeros(shape, dtype=extractor.dtype, device=launch.device)
                 loaded.encoder.eval()
                 width = extractor.encode(blank).shape[1]
             classifier = embed.read_classifier(settings.predict, width)
@@ -137,18 +140,23 @@ def normalization(loaded: encoders.LoadedEncoder) -> tuple[np.ndarray, np.ndarra
 def lines_for_python(form: str, out: str, loaded: encoders.LoadedEncoder) -> list[str]:
     """The lines that load the result, and what its images must be."""
     size = f", img_size={loaded.settings.crop}" if encoders.has_fixed_size(loaded.arch) else ""
+    size += f", in_chans={loaded.channels}" if loaded.channels != 3 else ""
     name = loaded.arch.removeprefix(encoders.TIMM)
     lines = [f'encoder = timm.create_model("{name}", num_classes=0{size})']
     if form == "torchvision":
         lines = [f'encoder = torchvision.models.get_model("{loaded.arch}")']
         lines.append("encoder.fc = torch.nn.Identity()")
+    stem = "3, padding=1" if loaded.small_stem else "7, stride=2, padding=3"
+    if loaded.small_stem or (loaded.channels != 3 and form == "torchvision"):
+        conv = f"torch.nn.Conv2d({loaded.channels}, 64, {stem}, bias=False)"
+        lines.append(f"encoder.conv1 = {conv}")
     if loaded.small_stem:
-        lines.append("encoder.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)")
         lines.append("encoder.maxpool = torch.nn.Identity()")
     lines.append(f'encoder.load_state_dict(torch.load("{out}", weights_only=True))')
     mean, std = (values.round(4).tolist() for values in normalization(loaded))
-    size = f"; trained on views of {loaded.settings.crop} px" if loaded.settings else ""
-    return [*lines, f"# images: RGB in [0, 1], less {mean}, over {std}{size}"]
+    size = f"; trained on views of {in_px(loaded.settings.crop)}" if loaded.settings else ""
+    what = "RGB" if loaded.channels == 3 else f"{loaded.channels} channels"
+    return [*lines, f"# images: {what} in [0, 1], less {mean}, over {std}{size}"]
 
 
 def lines_for_detectron2(out: str, loaded: encoders.LoadedEncoder) -> list[str]:

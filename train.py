@@ -27,7 +27,7 @@ import encoders
 import parallel
 from config import TrainSettings
 from data import store
-from data.base import Batch, Dataset
+from data.base import Batch, Dataset, height_width
 from evaluation.monitor import Monitor
 from model import MoCo, contrastive_loss
 from parallel import Launch
@@ -151,6 +151,7 @@ def build_model(
         mlp=settings.mlp,
         small_stem=settings.small_stem,
         crop=settings.crop,
+        channels=settings.channels,
     )
     if fresh and settings.init is not None:
         load_first_weights(moco, settings)
@@ -174,9 +175,8 @@ def load_first_weights(moco: MoCo, settings: TrainSettings) -> None:
     ours = moco.encoder_q.state_dict()
     head = {n: value for n, value in loaded.head.items() if n in ours}
     fits = len(head) == len(loaded.head) > 0 and all(ours[n].shape == head[n].shape for n in head)
-    moco.encoder_q.load_state_dict(
-        loaded.encoder.state_dict() | (head if fits else {}), strict=False
-    )
+    body = encoders.fit_channels(loaded.encoder.state_dict(), settings.channels)
+    moco.encoder_q.load_state_dict(body | (head if fits else {}), strict=False)
     moco.encoder_k.load_state_dict(moco.encoder_q.state_dict())
     head = "and its head" if fits else "but not its head, which does not fit" if loaded.head else ""
     say(f"init: {settings.init}, {loaded.description}: the encoder {head}".rstrip())
@@ -194,7 +194,8 @@ def compile_encoders(moco: MoCo, settings: TrainSettings, launch: Launch) -> Non
     start = time.monotonic()
     rows = splits.shares(settings.batch_size, launch.devices, settings.bn_groups)[launch.rank]
     dtype = compute.precision_dtype(settings.precision)
-    views = torch.zeros(rows, 3, settings.crop, settings.crop, dtype=dtype, device=launch.device)
+    shape = rows, settings.channels, *height_width(settings.crop)
+    views = torch.zeros(shape, dtype=dtype, device=launch.device)
     views = views.contiguous(memory_format=torch.channels_last)
     for encoder in (moco.train().encoder_q, moco.encoder_k):
         if reason := compute.compile_encoder(encoder, views, settings.precision):
@@ -277,7 +278,7 @@ def make_views(
     launch: Launch,
     streams: tuple[str, ...] = ("query", "key"),
 ) -> list[torch.Tensor]:
-    """Random views (n, 3, crop, crop) of a process's images, one for each random stream."""
+    """Random views (n, C, height, width) of a process's images, one for each random stream."""
     return augment.views(
         batch.images.to(launch.device, non_blocking=launch.device.type == "cuda"),
         batch.aspect,

@@ -28,6 +28,7 @@ import config
 import dataloader
 import parallel
 from config import TestSettings, TrainSettings, VisualizeSettings
+from data.base import height_width
 from evaluation import compare
 from evaluation.evaluate import evaluate, resolve
 from evaluation.features import Extractor, dataset_features
@@ -272,10 +273,15 @@ def collect_report(
 def collect_views(settings: VisualizeSettings, training: TrainSettings) -> dict[str, np.ndarray]:
     """Images of different classes, and two views of each, as a run makes them."""
     resize = training.resize
-    if resize != "auto" and resize < training.crop:
+    if resize != "auto" and resize < max(height_width(training.crop)):
         resize = "auto"  # the run's own images were smaller than its crop, these may be larger
     images = dataloader.open_dataset(
-        settings.dataset_root, "train", fit="square", resize=resize, crop=training.crop
+        settings.dataset_root,
+        "train",
+        fit="square",
+        resize=resize,
+        crop=training.crop,
+        pixels=config.pixels_of(training),
     )
     chosen = style.choose_images(images.labels, 6, generator(settings.seed, "views"))
     batch = images.fetch(chosen)
@@ -301,8 +307,8 @@ def collect_features(
     launch: parallel.Launch,
 ) -> dict[str, dict[str, np.ndarray]]:
     """The neighbours of test images, and a map of their features."""
-    bank = draw_images(settings, "train", subject.crop, BANK)
-    queries = draw_images(settings, "test", subject.crop, QUERIES)
+    bank = draw_images(settings, "train", subject, BANK)
+    queries = draw_images(settings, "test", subject, QUERIES)
     near, points, data = {}, {}, {}
     for name, encoder in encoders.items():
         extractor = Extractor(
@@ -330,11 +336,11 @@ def collect_features(
     return data
 
 
-def draw_images(settings: VisualizeSettings, split: str, crop: int, count: int) -> Subset:
+def draw_images(settings: VisualizeSettings, split: str, subject: Subject, count: int) -> Subset:
     """At most `count` random images of a split."""
-    dataset = dataloader.open_dataset(
-        settings.dataset_root, split, fit="center", resize=settings.resize, crop=crop
-    )
+    size = {"fit": "center", "resize": settings.resize, "crop": subject.crop}
+    pixels = config.pixels_of(subject.settings)
+    dataset = dataloader.open_dataset(settings.dataset_root, split, **size, pixels=pixels)
     random = generator(settings.seed, f"pictures {split}")
     indices = torch.randperm(len(dataset), generator=random)[:count]
     return Subset(dataset, indices.sort().values)

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from data.base import Batch, Dataset, Size
+from data.base import Batch, Dataset, Size, height_width
 from utils import UserError
 
 
 class ArrayImages(Dataset):
-    """Images uint8 (n, 1 or 3, S, S) in memory or in a memory map."""
+    """Images uint8 (n, 1 or 3, S, S) in memory or in a memory map.
+
+    Raises UserError for wrong labels, and for other channels than are asked for.
+    """
 
     def __init__(
         self, name: str, images: np.ndarray, labels: np.ndarray, classes: list[str], size: Size
@@ -20,6 +23,9 @@ class ArrayImages(Dataset):
         labels = torch.from_numpy(labels.astype(np.int64))
         super().__init__(name, labels, classes, size, native=images.shape[-1])
         self.images = images
+        channels, pixels = images.shape[1], size.pixels
+        if pixels and channels != pixels.channels and (channels, pixels.channels) != (1, 3):
+            raise UserError(f"--channels {pixels.channels}: the images of {name} have {channels}")
         if len(labels) != len(images) or labels.max() >= len(classes):
             raise UserError(
                 f"{name} is damaged, it has {len(images)} images with {len(labels)} labels up to "
@@ -28,10 +34,13 @@ class ArrayImages(Dataset):
 
     def fetch(self, indices: Tensor) -> Batch:
         images = torch.from_numpy(np.ascontiguousarray(self.images[indices.numpy()]))
-        if self.resize != self.native:
-            images = TF.resize(images, [self.resize, self.resize], antialias=True)
+        lengths, side = height_width(self.crop), self.resize
+        if self.size.fit == "center":  # so that the crop lies within the image
+            side = round(side * max(lengths) / min(lengths))
+        if side != self.native:
+            images = TF.resize(images, [side, side], antialias=True)
         if self.size.fit == "center":
-            images = TF.center_crop(images, [self.crop, self.crop])
+            images = TF.center_crop(images, list(lengths))
         return Batch(images, torch.ones(len(indices)), self.labels[indices], [])
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.base import Batch, Dataset, Size
-from data.decoding import EXTENSIONS, decode
+from data.base import Batch, Dataset, Size, height_width
+from data.decoding import EXTENSIONS, decode, look
 from utils import UserError, progress, say, warn
 
 NAME = "folders"
@@ -21,7 +21,8 @@ class FolderImages(Dataset):
     in_memory = False
 
     def __init__(self, paths: list[str], labels: list[int], classes: list[str], size: Size) -> None:
-        super().__init__(NAME, torch.tensor(labels), classes, size)
+        largest, size = look(paths, size) if size.pixels else (None, size)
+        super().__init__(NAME, torch.tensor(labels), classes, size, largest=largest)
         self.paths = Paths(paths)
 
     def __getitem__(self, indices: list[int]) -> Batch:
@@ -30,7 +31,8 @@ class FolderImages(Dataset):
 
     def fetch(self, indices: Tensor) -> Batch:
         n, side = len(indices), self.resize if self.size.fit == "square" else self.crop
-        images, aspect = np.zeros((n, side, side, 3), np.uint8), torch.ones(n)
+        images = np.zeros((n, *height_width(side), self.size.pixels.channels), np.uint8)
+        aspect = torch.ones(n)
         labels, failed = self.labels[indices], []
         tries = len(self) // 100 + 2  # if so many are unreadable, Failures stops the run
         for row, first in enumerate(indices.tolist()):

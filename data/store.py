@@ -1,6 +1,6 @@
 """The packed store: the square images of class folders, decoded once into a memory-mapped file.
 
-A store is a folder: `images.u8` (n, S, S, 3), `rows` (of each image its aspect ratio, label, and
+A store is a folder: `images.u8` (n, S, S, C), `rows` (of each image its aspect ratio, label, and
 whether it could be read), and `store.json`, all else, written last.
 """
 
@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 import utils
-from data.base import Batch, Dataset, Size
+from data.base import Batch, Dataset, Pixels, Size, height_width
 from data.failures import Failures
 from data.folders import FolderImages
 from data.workers import fetch_all
@@ -35,15 +36,15 @@ class PackedImages(Dataset):
     Raises ValueError if its files are not of the size that `about` (store.json) says.
     """
 
-    def __init__(self, folder: Path, about: dict, crop: int) -> None:
+    def __init__(self, folder: Path, about: dict, size: Size) -> None:
         rows = np.fromfile(folder / "rows", ROW)
         if len(rows) != about["images"]:
             raise ValueError(f"rows has {len(rows)} rows, not {about['images']}")
         labels = torch.from_numpy(rows["label"].astype(np.int64))
-        size = Size("square", about["resize"], crop)
+        size = replace(size, resize=about["resize"], pixels=pixels_of(about))
         super().__init__(about["name"], labels, about["classes"], size)
         images = np.memmap(folder / "images.u8", np.uint8, "r")
-        self.images = images.reshape(len(rows), self.resize, self.resize, 3)
+        self.images = images.reshape(len(rows), self.resize, self.resize, size.pixels.channels)
         self.aspect = torch.from_numpy(rows["aspect"].copy())
         self.unreadable = dict(about["unreadable"])  # index: path
         self.source = about["source"]
@@ -68,10 +69,17 @@ def open_split(root: str, split: str, size: Size) -> PackedImages:
             f"--dataset_root {root!r} is a packed store, for pretraining only: "
             "an evaluation needs the images themselves"
         )
-    return open_packed(Path(root), size.resize, size.crop)
+    return open_packed(Path(root), size)
 
 
-def open_packed(folder: Path, resize: int | str, crop: int) -> PackedImages:
+def pixels_of(about: dict) -> Pixels:
+    """How a store's images were decoded, which what is older than these settings does not say."""
+    low_high = about.get("value_range")
+    channels, background = about.get("channels", 3), about.get("background", 0)
+    return Pixels(channels, low_high and tuple(low_high), background)
+
+
+def open_packed(folder: Path, size: Size) -> PackedImages:
     """A packed store; UserError unless it is whole, of this version, and of a size that fits."""
     name = f"the packed store {str(folder)!r}"
     again = f"delete {str(folder)!r} to pack again"
@@ -80,12 +88,17 @@ def open_packed(folder: Path, resize: int | str, crop: int) -> PackedImages:
         version, side = about["format"], about["resize"]
         if version != VERSION:
             raise UserError(f"{name} is of version {version}, this code reads {VERSION}: {again}")
+        crop, resize, pixels = max(height_width(size.crop)), size.resize, pixels_of(about)
         if crop > side or resize not in ("auto", side):
             raise UserError(
                 f"{name} holds images of {side} px, which do not fit --resize {resize} and "
                 f"--crop {crop}: name another --pack"
             )
-        return PackedImages(folder, about, crop)
+        for flag, value in vars(size.pixels).items():
+            made = getattr(pixels, flag)
+            if value != made and value is not None:
+                raise UserError(f"{name} was made with --{flag} {made}, not {value}: {again}")
+        return PackedImages(folder, about, size)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"{name} is damaged ({reason}): {again}") from None
@@ -115,7 +128,7 @@ def pack(dataset: Dataset, root: str, where: str, num_workers: int | str) -> Dat
         raise UserError(
             f"--pack {str(folder)!r} cannot be written: {error.strerror}: name another folder"
         ) from None
-    store = open_packed(folder, dataset.resize, dataset.crop)
+    store = open_packed(folder, dataset.size)
     if store.source != source:
         raise UserError(
             f"the packed store {str(folder)!r} was made from other images than those that are "
@@ -165,8 +178,11 @@ def _make_store(dataset: FolderImages, folder: Path, source: str, num_workers: i
 def _write_store(dataset: FolderImages, folder: Path, source: str, num_workers: int | str) -> None:
     """Append what an unfinished store in this folder lacks."""
     about = {"source": source, "format": VERSION, "resize": dataset.resize}
+    pixels = dataset.size.pixels
+    about |= {"channels": pixels.channels, "background": pixels.background}
+    about |= {"value_range": pixels.value_range and list(pixels.value_range)}
     mode = "ab" if utils.read_json(folder / "started.json") == about else "wb"
-    image_bytes = 3 * dataset.resize**2
+    image_bytes = dataset.size.pixels.channels * dataset.resize**2
     with open(folder / "images.u8", mode) as images, open(folder / "rows", mode) as rows:
         utils.write_json(folder / "started.json", about)  # after files of other images are emptied
         done = min(images.tell() // image_bytes, rows.tell() // ROW.itemsize) // BATCH * BATCH

@@ -13,7 +13,8 @@ from torch import Tensor
 import dataloader
 import parallel
 import utils
-from config import TestSettings
+from config import TestSettings, pixels_of
+from data.base import in_px
 from evaluation import results
 from evaluation.features import Extractor, Features, dataset_features
 from evaluation.knn import knn_top1
@@ -65,7 +66,7 @@ def evaluate(settings: TestSettings, subject: Subject, launch: parallel.Launch) 
     """
     start = time.monotonic()
     check_launch(settings, launch)
-    images = open_images(settings, subject.crop)
+    images = open_images(settings, subject.crop, pixels_of(subject.settings))
     check_sizes(settings, images, launch.processes)
     about = results.describe_data(settings, images)
     about |= results.describe_measure(settings, subject)
@@ -167,8 +168,8 @@ def announce(
     part = f"{len(images.train):,} of " if len(images.train) < len(train) else ""
     utils.say(
         f"data     {train.name}: {part}{len(train):,} training and {len(images.test):,} test "
-        f"images, {about['classes']} classes, shorter side {train.resize} px, crop {train.crop} px "
-        f"({launch.name}, {settings.precision})"
+        f"images, {about['classes']} classes, shorter side {train.resize} px, crop "
+        f"{in_px(train.crop)} ({launch.name}, {settings.precision})"
     )
 
 
@@ -202,8 +203,15 @@ def train_on_crops(
     settings: TestSettings, extractor: Extractor, images: Images, test: Features
 ) -> list[Classifiers]:
     """Classifiers on new random crops in each epoch: one a fold, or one a trial."""
-    root, crop = settings.dataset_root, images.train.dataset.crop
-    square = dataloader.open_dataset(root, "train", fit="square", resize="auto", crop=crop)
+    size = images.train.dataset.size
+    square = dataloader.open_dataset(
+        settings.dataset_root,
+        "train",
+        fit="square",
+        resize="auto",
+        crop=size.crop,
+        pixels=size.pixels,
+    )
     indices = images.train.indices
     parts = [indices[fold] for fold in images.folds] or [indices] * settings.trials
     return [

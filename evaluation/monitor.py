@@ -9,7 +9,7 @@ import dataloader
 import encoders
 import parallel
 import utils
-from config import TrainSettings
+from config import TrainSettings, pixels_of
 from evaluation.features import Extractor, dataset_features
 from evaluation.knn import knn_top1
 from evaluation.subsets import Subset, hold_out
@@ -43,11 +43,8 @@ class Monitor:
                 f"--knn_every has too few images for {launch.processes} processes: "
                 "name others with --knn_root"
             )
-        encoder = encoders.build_encoder(
-            settings.arch, small_stem=settings.small_stem, crop=settings.crop
-        )
         self.extractor = Extractor(
-            encoders.remove_head(encoder),
+            encoders.remove_head(encoders.build_from(settings)),
             settings.mean,
             settings.std,
             launch,
@@ -69,6 +66,7 @@ class Monitor:
 def open_parts(settings: TrainSettings, random: torch.Generator) -> list[Subset]:
     """The images that bank and queries are drawn from."""
     size = {"fit": "center", "resize": "auto", "crop": settings.crop}
+    size["pixels"] = pixels_of(settings)
     if root := settings.knn_root:
         try:
             splits = [dataloader.open_dataset(root, split, **size) for split in ("train", "test")]

@@ -53,7 +53,7 @@ def data_path(root: str) -> str:
 
 def describe_data(settings: TestSettings, images: Images | None = None) -> dict[str, Any]:
     """What result.json says of the data, by default as they are now; UserError without them."""
-    images = images or open_images(settings, crop=8)
+    images = images or open_images(settings, crop=8, pixels=None)
     return {
         "dataset": data_name(settings.dataset_root),
         "dataset_root": data_path(settings.dataset_root),

@@ -13,6 +13,7 @@ import run.checkpoints
 import run.folder
 import utils
 from config import TestSettings, TrainSettings
+from data.base import Crop, in_px
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Subject:
     encoder: nn.Module  # without head
     home: Path
     stem: str
-    crop: int
+    crop: Crop
     found: str  # what was recognised in the file, to tell the user
     settings: TrainSettings  # of its training; train.py's defaults where they are not known
     # for result.json: encoder, arch, checkpoint, epoch, step, first_weights
@@ -44,8 +45,8 @@ def load_subject(settings: TestSettings) -> Subject:
     crop = training.crop if settings.crop == "auto" else settings.crop
     found, checkpoint = "", {}
     if encoders.has_fixed_size(training.arch) and crop != training.crop:
-        reason = f"{training.arch} was trained at {training.crop} px and takes no other size"
-        raise utils.UserError(f"--crop {crop}: {reason}")
+        trained = f"{training.arch} was trained at {in_px(training.crop)}"
+        raise utils.UserError(f"--crop {in_px(crop)}: {trained} and takes no other size")
     if untrained:
         encoder, stem = first_encoder(training, home.parent), "random"
         if training.init is not None:
@@ -54,11 +55,13 @@ def load_subject(settings: TestSettings) -> Subject:
         encoder, checkpoint = loaded.encoder, loaded.checkpoint
         stem = name_result(path, checkpoint, training.batch_size, foreign)
         if not known:
-            guess = f"crop {crop} px, ImageNet's mean and deviation"
+            guess = f"crop {in_px(crop)}, ImageNet's mean and deviation"
             found = f"{loaded.description}; it does not say its settings: {guess}"
         elif foreign:
             found = loaded.description
     first = {name: getattr(training, name) for name in ("seed", "feature_dim", "mlp", "small_stem")}
+    if training.channels != 3:
+        first["channels"] = training.channels
     if training.init is not None:
         first["init"] = training.init
     record = {
@@ -111,15 +114,7 @@ def first_encoder(settings: TrainSettings, folder: Path) -> nn.Module:
     """The encoder that the run in a folder started from, without head."""
     if settings.init is not None:
         return encoders.load(run.checkpoints.path_of(folder, 0)).encoder
-    encoder = encoders.build_untrained(
-        settings.arch,
-        settings.seed,
-        settings.feature_dim,
-        settings.mlp,
-        settings.small_stem,
-        settings.crop,
-    )
-    return encoders.remove_head(encoder)
+    return encoders.remove_head(encoders.build_untrained(settings))
 
 
 def name_result(path: Path, checkpoint: dict[str, Any], batch_size: int, foreign: bool) -> str:

@@ -9,6 +9,7 @@ import dataloader
 import utils
 from config import TestSettings
 from data import stl10
+from data.base import Crop, Pixels
 
 
 @dataclass
@@ -47,11 +48,12 @@ class Images:
         return min(map(len, self.folds), default=len(self.train))
 
 
-def open_images(settings: TestSettings, crop: int) -> Images:
+def open_images(settings: TestSettings, crop: Crop, pixels: Pixels | None) -> Images:
     """All test images, and the training images that --train_fraction leaves; UserError."""
     root, size = settings.dataset_root, {"fit": "center", "resize": settings.resize, "crop": crop}
-    train = dataloader.open_dataset(root, "train", **size, download=settings.download)
-    test = dataloader.open_dataset(root, "test", **size)
+    download = settings.download
+    train = dataloader.open_dataset(root, "train", **size, pixels=pixels, download=download)
+    test = dataloader.open_dataset(root, "test", **size, pixels=train.size.pixels)
     random = utils.generator(settings.seed, "train fraction")
     chosen = draw_fraction(train.labels, settings.train_fraction, random)
     folds = stl10.read_folds(root, len(train)) if settings.folds else []

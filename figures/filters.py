@@ -12,17 +12,16 @@ from figures import style
 
 
 def filters_data(weights: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """The first-layer weights (F, 3, k, k) of E encoders, as pictures; 128 stands for weight 0.
+    """The first-layer weights (F, C, k, k) of E encoders, as pictures; 128 stands for weight 0.
 
-    Returns encoders (E,) and filters uint8 (E, F, 3, k, k), each filter on its own scale. Raises
-    ValueError for filters that have no three colours.
+    Returns encoders (E,) and filters uint8 (E, F, 3, k, k), each filter on its own scale; of other
+    channels C than three the mean is shown.
     """
     pictures = []
-    for name, weight in weights.items():
-        if weight.ndim != 4 or weight.shape[1] != 3:
-            shape = tuple(weight.shape)
-            raise ValueError(f"the filters of {name!r} are {shape}, they must be (F, 3, k, k)")
+    for weight in weights.values():
         weight = weight.detach().float().cpu()
+        if weight.shape[1] != 3:
+            weight = weight.mean(1, keepdim=True).expand(-1, 3, -1, -1)
         largest = weight.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-20)  # it may be 0
         pictures.append((128 + 127 * weight / largest).round().to(torch.uint8).numpy())
     return {"encoders": np.array(list(weights)), "filters": np.stack(pictures)}

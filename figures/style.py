@@ -104,11 +104,12 @@ def legend_below(figure: Figure, panels: Iterable[Axes], ncols: int, title: str 
 # ---------------------------------------------------------------------------------- tiles
 
 
-def tile(axes: Axes, pixels: np.ndarray, x: float, y: float, aspect: float = 1.0) -> None:
-    """Draw uint8 (1 or 3, S, S) into the unit square right of and below (x, y).
+def tile(axes: Axes, pixels: np.ndarray, x: float, y: float, aspect: float | None = None) -> None:
+    """Draw uint8 (1 or 3, H, W) into the unit square right of and below (x, y).
 
-    An image whose width is not its height (`aspect`: width / height) is fitted into the square.
+    It is fitted into the square; `aspect` is its width / height where its pixels are not square.
     """
+    aspect = aspect or pixels.shape[2] / pixels.shape[1]
     width, height = min(1.0, aspect), min(1.0, 1 / aspect)
     left, top = x + (1 - width) / 2, y + (1 - height) / 2
     rgb = np.broadcast_to(pixels.transpose(1, 2, 0), (*pixels.shape[1:], 3))
@@ -123,9 +124,15 @@ def place_tiles(axes: Axes, xlim: tuple[float, float], ylim: tuple[float, float]
 
 
 def thumbnails(images: Tensor, side: int) -> np.ndarray:
-    """Images uint8 (n, C, S, S), scaled down to `side` px if they are larger."""
-    if images.shape[-1] > side:
-        images = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
+    """Images uint8 (n, C, H, W) as (n, 1 or 3, h, w), scaled down to `side` px if they are larger.
+
+    Of more channels than three the first three are shown, of two the first.
+    """
+    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1]
+    longest = max(images.shape[2:])
+    if longest > side:
+        size = [max(1, round(length * side / longest)) for length in images.shape[2:]]
+        images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
     return images.contiguous().numpy()
 
 

@@ -26,8 +26,8 @@ def flag(
     """A field of a settings class and the flag of the same name, under a heading of --help.
 
     The field's type says what the flag takes: numbers from `low` to `high`, or text; a word of a
-    Literal; with `| None` also the word null; a list takes `count` of them, or any number; a bool
-    is --name or --no-name.
+    Literal; with `| None` also the word null; a list takes `count` of them, or any number;
+    `int | list[int]` one or two, and one is no list; a bool is --name or --no-name.
     """
     metadata = {"group": group, "help": help, "low": low, "high": high, "trait": trait}
     return dataclasses.field(metadata={**metadata, "count": count})
@@ -43,6 +43,7 @@ class Value:
     choices: tuple[str, ...]
     word: str | None  # auto stays as it is, null becomes None
     many: bool
+    one_or_two: bool
     count: int | None  # of a list, if that is fixed
 
     @classmethod
@@ -50,14 +51,16 @@ class Value:
         parts = [field.type]
         if typing.get_origin(field.type) in (typing.Union, types.UnionType):
             parts = list(typing.get_args(field.type))
-        type_, many = parts[0], typing.get_origin(parts[0]) is list
-        if many:
+        type_, many = parts[0], any(typing.get_origin(part) is list for part in parts)
+        one_or_two = many and typing.get_origin(type_) is not list
+        if many and not one_or_two:
             (type_,) = typing.get_args(type_)
         choices = typing.get_args(type_) if typing.get_origin(type_) is Literal else ()
-        word = "auto" if Auto in parts[1:] else "null" if type(None) in parts else None
-        type_, word = str if choices else type_, None if many else word
+        null = "null" if type(None) in parts and not many else None
+        word = "auto" if Auto in parts[1:] else null
+        type_ = str if choices else type_
         low, high, count = (field.metadata[name] for name in ("low", "high", "count"))
-        return cls(type_, low, high, choices, word, many, count)
+        return cls(type_, low, high, choices, word, many, one_or_two, count)
 
     def __call__(self, text: str) -> int | float | str | None:
         if text == self.word:
@@ -74,7 +77,7 @@ class Value:
 
     def __str__(self) -> str:
         name = {int: "a whole number", float: "a number", str: "text"}[self.type]
-        if self.type is not str:
+        if self.type is not str and self.low > -math.inf:
             bound = f"to {self.high:g}" if self.high < math.inf else "up"
             name += f" from {self.low:g} {bound}"
         return name + (f", or {self.word}" if self.word else "")
@@ -84,10 +87,21 @@ class Value:
         if self.type is bool:
             return {"action": argparse.BooleanOptionalAction}
         options = {"type": self, "nargs": (self.count or "*") if self.many else None}
+        if self.one_or_two:
+            options |= {"nargs": "+", "action": OneOrTwo}
         if not self.choices:
             return options | {"metavar": name.upper()}
         taken = (*self.choices, None) if self.word == "null" else self.choices
         return options | {"choices": taken, "metavar": f"{{{','.join(self.choices)}}}"}
+
+
+class OneOrTwo(argparse.Action):
+    """One value as itself, two as a list."""
+
+    def __call__(self, parser: "Parser", found: Any, values: list, name: str | None = None) -> None:
+        if len(values) > 2 or len(values) == 2 and "auto" in values:
+            parser.error(f"{name}: {show(values)} is not valid: give one value, or two")
+        setattr(found, self.dest, values if len(values) == 2 else values[0])
 
 
 class Parser(argparse.ArgumentParser):
@@ -133,7 +147,7 @@ def to_words(cls: type, values: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool) != (takes.type is bool):
             must = "true or false" if takes.type is bool else str(takes)
             raise UserError(f"--{name}: {value!r} is not valid: it must be {must}")
-        if value is None and takes.word != "null" and not takes.many:
+        if value is None and takes.word != "null" and (takes.one_or_two or not takes.many):
             raise UserError(f"--{name}: null is not valid: it must be {takes}")
         if takes.type is bool:
             words.append(f"--{name}" if value else f"--no-{name}")

@@ -11,10 +11,12 @@ import torch
 import config
 import dataloader
 import encoders
-from config import TrainSettings
-from data.base import Dataset
+from config import TrainSettings, pixels_of
+from data.base import Dataset, height_width, in_px
+from data.decoding import LOOKED_AT
 from parallel import Launch
 from run import compute, splits
+from run.flags import show
 from utils import UserError, provenance, say, warn
 
 
@@ -49,17 +51,19 @@ def resolve(settings: TrainSettings, launch: Launch, checkpoint: dict | None) ->
         fit="square",
         resize=settings.resize,
         crop=settings.crop,
+        pixels=pixels_of(settings),
         download=settings.download,
     )
-    settings.resize = dataset.resize
+    settings.resize, low_high = dataset.resize, dataset.size.pixels.value_range
+    settings.value_range = None if low_high is None else list(low_high)
     check_sizes(settings, dataset)
+    check_channels(settings, dataset)
     return dataset
 
 
 def check_encoder(settings: TrainSettings, fresh: bool) -> None:
     """UserError unless the encoder can be built, and for a fresh run read from --init."""
-    kind = {"mlp": settings.mlp, "small_stem": settings.small_stem, "crop": settings.crop}
-    encoder = encoders.build_encoder(settings.arch, settings.feature_dim, **kind)
+    encoder = encoders.build_from(settings)
     has_norms = any(isinstance(module, torch.nn.BatchNorm2d) for module in encoder.modules())
     if not has_norms and (settings.shuffle_bn or settings.bn_groups != "auto"):
         warn(f"{settings.arch} has no batch norm: --bn_groups and --shuffle_bn have no effect")
@@ -68,6 +72,10 @@ def check_encoder(settings: TrainSettings, fresh: bool) -> None:
         if loaded.small_stem != settings.small_stem:
             remedy = "add --small_stem" if loaded.small_stem else "leave out --small_stem"
             raise UserError(f"--init {settings.init!r} has another first layer: {remedy}")
+        if loaded.channels not in (3, settings.channels):
+            raise UserError(
+                f"--init {settings.init!r} is for {loaded.channels} channels: give as many"
+            )
 
 
 def check_sizes(settings: TrainSettings, dataset: Dataset) -> None:
@@ -87,8 +95,26 @@ def check_sizes(settings: TrainSettings, dataset: Dataset) -> None:
             "--pixel_boxes needs a data set of one size kept at that size, not "
             f"{dataset.name} at --resize {settings.resize}: leave it out"
         )
+    if settings.rotate90 and len(set(height_width(settings.crop))) > 1:
+        raise UserError(f"--rotate90 needs square views, not --crop {in_px(settings.crop)}")
     if settings.shuffle_bn and settings.bn_groups == 1:
         warn("--shuffle_bn has no effect with one batch-norm group (--bn_groups 1)")
+
+
+def check_channels(settings: TrainSettings, dataset: Dataset) -> None:
+    """UserError without a mean and a deviation for each channel, and with what it would be."""
+    channels = settings.channels
+    if len(settings.mean) == len(settings.std) == channels:
+        return
+    some = torch.arange(0, len(dataset), math.ceil(len(dataset) / LOOKED_AT))
+    values = dataset.fetch(some).images.double() / 255
+    mean, std = (
+        " ".join(f"{x:.3g}" for x in of(dim=(0, 2, 3)).tolist()) for of in (values.mean, values.std)
+    )
+    raise UserError(
+        f"--channels {channels} needs {channels} values of --mean and of --std; those of "
+        f"{len(some)} of the images are: --mean {mean} --std {std}"
+    )
 
 
 def announce(
@@ -104,7 +130,7 @@ def announce(
     say(config.describe(settings, "configuration"))
     say(
         f"data: {len(dataset):,} images ({dataset.name}), stored at {dataset.resize} px, views of "
-        f"{settings.crop} px; chance loss log(K+1) = {math.log(settings.num_keys + 1):.2f}"
+        f"{in_px(settings.crop)}; chance loss log(K+1) = {math.log(settings.num_keys + 1):.2f}"
     )
     if launch.note:
         say(f"note: {launch.note}")
@@ -138,7 +164,7 @@ def advise(settings: TrainSettings, images: int) -> None:
     if schedule and not settings.cosine and min(schedule) >= settings.max_epoch:
         early = " ".join(str(round(part * settings.max_epoch)) for part in (0.6, 0.8))
         warn(
-            f"--schedule {config.show(schedule)} begins after --max_epoch {settings.max_epoch}, so "
+            f"--schedule {show(schedule)} begins after --max_epoch {settings.max_epoch}, so "
             f"the learning rate never falls: try --schedule {early}, or --cosine"
         )
 

@@ -46,7 +46,9 @@ def untouched(n: int, **changes) -> Params:
     factors = [changes.pop(name, one if name != "hue" else 0 * one) for name in JITTER]
     same = Params(
         box=torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64).expand(n, 4),
-        flip=off,
+        hflip=off,
+        vflip=off,
+        transpose=off,
         jitter=off,
         factors=torch.stack(factors, dim=1),
         grayscale=off,

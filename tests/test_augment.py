@@ -30,9 +30,9 @@ def test_crop_equals_resized_crop(size: int, crop: int, channels: int) -> None:
         draw(torch.ones(12), Recipe(crop, scale=(0.02, 1.0), ratio=(0.4, 2.5)), seeded(size)), size
     )
     got = augment(
-        images, replace(untouched(12, flip=params.flip), box=params.box), Recipe(crop, **PLAIN)
+        images, replace(untouched(12, hflip=params.hflip), box=params.box), Recipe(crop, **PLAIN)
     )
-    assert params.flip.any() and not params.flip.all()
+    assert params.hflip.any() and not params.hflip.all()
     for k, (left, top, width, height) in enumerate((params.box * size).round().int().tolist()):
         where = dict(
             top=top,
@@ -43,7 +43,7 @@ def test_crop_equals_resized_crop(size: int, crop: int, channels: int) -> None:
             interpolation=InterpolationMode.BILINEAR,
             antialias=True,
         )
-        mirror = F.hflip if params.flip[k] else (lambda image: image)
+        mirror = F.hflip if params.hflip[k] else (lambda image: image)
         assert_close(got[k], mirror(F.resized_crop(images[k], **where)).expand(3, -1, -1), levels=1)
         assert_close(
             got[k],
@@ -155,7 +155,7 @@ def rendering(
     )
     radius = min(6, made.crop - 1)  # 3 sigma of the widest blur, as far as reflection reaches
     for step in steps:
-        if step == "flip" and params.flip[k]:
+        if step == "flip" and params.hflip[k]:
             x = F.hflip(x)
         elif step == "grayscale" and params.grayscale[k]:
             x = F.rgb_to_grayscale(x, 3)
@@ -204,7 +204,7 @@ def test_certain_and_impossible_operations() -> None:
         32,
         scale=(1.0, 1.0),
         ratio=(1.0, 1.0),
-        flip=0.0,
+        hflip=0.0,
         jitter=(0, 0, 0, 0),
         grayscale=0.0,
         **PLAIN,

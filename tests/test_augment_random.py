@@ -126,7 +126,7 @@ def test_jitter_order_is_a_fair_permutation() -> None:
 )
 def test_frequencies(version: str, want: tuple[float, ...]) -> None:
     params = draw(torch.ones(20000), recipe(version, 32), seeded(5))
-    chosen = torch.stack((params.flip, params.jitter, params.grayscale, params.blur)).double()
+    chosen = torch.stack((params.hflip, params.jitter, params.grayscale, params.blur)).double()
     assert (chosen.mean(1) - torch.tensor(want)).abs().max() < 0.012  # 3.4 standard errors
     assert (torch.corrcoef(chosen[[0, 2]])[0, 1]).abs() < 0.025
     assert distance(params.sigma, torch.linspace(0.1, 2.0, 20000)) < 0.02
@@ -148,7 +148,7 @@ def test_a_row_ignores_the_aspect_of_the_others() -> None:
     one, two = (draw(a, recipe("v2", 32), seeded(7)).rows(slice(0, 4)) for a in (aspect, alone))
     assert all(
         torch.equal(getattr(one, f), getattr(two, f))
-        for f in ("box", "flip", "factors", "grayscale", "sigma")
+        for f in ("box", "hflip", "factors", "grayscale", "sigma")
     )
 
 

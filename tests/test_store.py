@@ -19,7 +19,7 @@ from scripts import assert_one_line_error, run
 
 import utils
 from data import store
-from data.base import Batch, Dataset
+from data.base import Batch, Dataset, Size
 from data.folders import FolderImages
 from run import checkpoints
 from utils import UserError
@@ -90,7 +90,13 @@ def test_the_format_is_version_1(data: Path, tmp_path: Path) -> None:
     about = json.loads((folder / "store.json").read_text())
     assert (about["format"], about["images"], about["resize"]) == (1, 250, 24)
     assert about["unreadable"] == [[63, files.paths[63]], [64, files.paths[64]]]
-    assert list(about) == ["source", "format", "resize", "images", "name", "classes", "unreadable"]
+    assert " ".join(about) == (
+        "source format resize channels background value_range images name classes unreadable"
+    )
+    for name in ("channels", "background", "value_range"):  # which stores of old do not have
+        del about[name]
+    (folder / "store.json").write_text(json.dumps(about))
+    assert torch.equal(open_files(folder).fetch(torch.arange(250)).images, shown.images)
     kind = [("aspect", "<f4"), ("label", "<i4"), ("readable", "?")]
     rows = np.fromfile(folder / "rows", kind)
     assert np.array_equal(rows["aspect"], shown.aspect) and rows["readable"].sum() == 248
@@ -103,7 +109,7 @@ def test_a_run_is_the_same_with_a_store_and_goes_on_with_it(tmp_path: Path) -> N
     write_folders(tmp_path / "data", classes=4, train=20, test=5, size=20)
     tiny = "--arch=resnet18 --crop=16 --feature_dim=8 --num_keys=48 --batch_size=16 --bn_groups=2"
     tiny += " --log_every=2 --device=cpu --precision=fp32 --num_workers=0"
-    packed = tmp_path / "data-32px.pack"
+    packed = tmp_path / "data-20px.pack"
     runs = {
         "plain": [["--max_epoch=2"]],
         "packed": [["--max_epoch=2", "--pack=auto"]],
@@ -277,7 +283,7 @@ def test_a_store_is_not_read_into_memory(tmp_path: Path) -> None:
     os.truncate(tmp_path / "images.u8", n * side * side * 3)
     np.zeros(n, store.ROW).tofile(tmp_path / "rows")
     about = {"name": "x", "source": "", "classes": ["a"], "resize": side, "images": n}
-    packed = store.PackedImages(tmp_path, about | {"unreadable": []}, crop=32)
+    packed = store.PackedImages(tmp_path, about | {"unreadable": []}, Size("square", "auto", 32))
 
     def anonymous() -> int:
         gc.collect()
