@@ -18,7 +18,6 @@ PROCESSES := $$(( $$(getconf _NPROCESSORS_ONLN) + 1 ))
 demo: .venv/installed
 	@start=$$(date +%s) && \
 	$(RUN) train.py --preset demo --overwrite && \
-	$(RUN) test.py --preset demo --encoder random && \
 	$(RUN) test.py --preset demo && \
 	$(RUN) visualize.py --preset demo --report && \
 	echo "demo     $$(( $$(date +%s) - start )) s; open output/SHAPES/figures/report.html"

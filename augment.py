@@ -4,8 +4,8 @@
     im_q = augment(batch.images, params, recipe("v2", crop=64))     # (N, 3, 64, 64), normalised
 
 v1 (arXiv:1911.05722): crop, greyscale, jitter, flip; v2 (arXiv:2003.04297): crop, jitter,
-greyscale, blur, flip; both as the reference. Flips commute with the others, so the crop makes
-them. Views stay unrounded in [0, 1], as planes (C, N, height, width), until they are normalised.
+greyscale, blur, flip; both as the reference. The flip commutes with the others, so the crop makes
+it. Views stay unrounded in [0, 1], as planes (C, N, height, width), until they are normalised.
 Images of other than three channels C have no hue, saturation or greyscale.
 """
 
@@ -42,35 +42,35 @@ class Recipe:
     grayscale: float = 0.2
     blur_p: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # in pixels of the view
-    steps: tuple[str, ...] = ("transpose", "grayscale", "jitter", "blur")
+    steps: tuple[str, ...] = ("grayscale", "jitter", "blur")
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
 
-def recipe(version: str, crop: int, **changes) -> Recipe:
+def recipe(version: str, crop: Crop, **changes) -> Recipe:
     """The recipe of MoCo "v1" or "v2" (the reference's aug_plus), with some fields changed."""
     if version == "v2":
-        steps, weak_hue = ("transpose", "jitter", "grayscale", "blur"), (0.4, 0.4, 0.4, 0.1)
+        weak_hue, steps = (0.4, 0.4, 0.4, 0.1), ("jitter", "grayscale", "blur")
         changes = {"jitter": weak_hue, "jitter_p": 0.8, "blur_p": 0.5, "steps": steps} | changes
     return Recipe(crop, **changes)
 
 
 def training_recipe(settings: TrainSettings, grid: int | None = None) -> Recipe:
     """The recipe of a training; `grid` as in `Recipe`, used with --pixel_boxes."""
-    jitter = {} if settings.jitter is None else {"jitter": tuple(settings.jitter)}
+    changes = {
+        name: getattr(settings, name) for name in ("hflip", "vflip", "rotate90", "grayscale")
+    }
+    if settings.jitter is not None:
+        changes["jitter"] = tuple(settings.jitter)
     return recipe(
         "v2" if settings.aug_plus else "v1",
         settings.crop,
         scale=tuple(settings.crop_scale),
         grid=grid if settings.pixel_boxes else None,
-        hflip=settings.hflip,
-        vflip=settings.vflip,
-        rotate90=settings.rotate90,
-        grayscale=settings.grayscale,
         blur_p=settings.blur if settings.aug_plus else 0.0,
         mean=tuple(settings.mean),
         std=tuple(settings.std),
-        **jitter,
+        **changes,
     )
 
 
@@ -116,13 +116,12 @@ def draw(aspect: Tensor, recipe: Recipe, generator: torch.Generator) -> Params:
     ratio = uniform(*map(math.log, recipe.ratio), TRIES).exp() * (width / height)
     *strengths, hue = recipe.jitter
     ranges = [*((max(0.0, 1 - s), 1 + s) for s in strengths), (-hue, hue)]
-    none = torch.zeros(len(aspect), dtype=torch.bool)
     drawn = Params(  # the numbers are drawn in this order
         box=_boxes(aspect, area, ratio, uniform(0, 1, 2), recipe),
         order=tuple(torch.randperm(len(JITTER), generator=generator).tolist()),
         hflip=uniform(0, 1) < recipe.hflip,
-        vflip=none,
-        transpose=none,
+        vflip=torch.zeros(len(aspect), dtype=torch.bool),  # these two below
+        transpose=torch.zeros(len(aspect), dtype=torch.bool),
         jitter=uniform(0, 1) < recipe.jitter_p,
         factors=torch.stack([uniform(low, high) for low, high in ranges], dim=1),
         grayscale=uniform(0, 1) < recipe.grayscale,
@@ -130,13 +129,10 @@ def draw(aspect: Tensor, recipe: Recipe, generator: torch.Generator) -> Params:
         sigma=uniform(*recipe.blur_sigma),
     )
     vflip, turned = uniform(0, 1) < recipe.vflip, uniform(0, 1) < recipe.rotate90
-    angles = torch.where(turned, uniform(1, 4).floor(), 0.0)  # right angles, counter-clockwise
-    return replace(
-        drawn,
-        hflip=drawn.hflip ^ (angles == 1) ^ (angles == 2),
-        vflip=vflip ^ (angles == 2) ^ (angles == 3),
-        transpose=(angles == 1) | (angles == 3),
-    )
+    angle = uniform(1, 4).floor()  # in right angles
+    one, two, three = (turned & (angle == count) for count in (1, 2, 3))
+    flips = {"hflip": drawn.hflip ^ one ^ two, "vflip": vflip ^ two ^ three}
+    return replace(drawn, transpose=one | three, **flips)
 
 
 @torch.no_grad()
@@ -145,9 +141,8 @@ def augment(
 ) -> Tensor:
     """One random view of each image: uint8 (N, C, H, W) -> `dtype` (N, C, height, width).
 
-    C is the number of means; images of one channel may stand for three. The images may have any
-    size, and be squeezed to a square. The views are normalised, on their device, in float32 or
-    float64, whatever autocast says.
+    C is the number of means; one channel may stand for three. The images may have any size, and be
+    squeezed to a square. Views are normalised, on their device, without autocast.
     """
     n, device = len(images), images.device
 
@@ -156,10 +151,12 @@ def augment(
         return x.to(device, non_blocking=device.type == "cuda")
 
     # which images a step changes is read on the CPU, so that nothing waits for the device
-    steps = [name for name in recipe.steps if name != "grayscale" or len(recipe.mean) == 3]
+    colours = [name for name in recipe.steps if name != "grayscale" or len(recipe.mean) == 3]
+    steps = ["vflip", "transpose", *colours]
     chosen = [send(getattr(params, name).nonzero().squeeze(1)) for name in steps]
     params = params.apply(send)
-    functions = {"grayscale": _grayscale, "jitter": _jitter, "blur": _blur, "transpose": _transpose}
+    functions = {"grayscale": _grayscale, "jitter": _jitter, "blur": _blur}
+    functions |= {"vflip": lambda x, *_: x.flip(2), "transpose": lambda x, *_: x.mT}
     with torch.autocast(device.type, enabled=False):
         planes = _crop(images, params, recipe)
         for step, index in zip(map(functions.get, steps), chosen, strict=True):
@@ -234,7 +231,7 @@ def _boxes(aspect: Tensor, area: Tensor, ratio: Tensor, place: Tensor, recipe: R
 
 
 def _crop(images: Tensor, params: Params, recipe: Recipe) -> Tensor:
-    """Crop, antialiased resize, flips: uint8 (N, C, H, W) -> planes (C, N, h, w) in [0, 1]."""
+    """Crop, antialiased resize, flip: uint8 (N, C, H, W) -> planes (C, N, h, w) in [0, 1]."""
     n, c, height, width = images.shape
     out_height, out_width = height_width(recipe.crop)
     left, top, box_width, box_height = params.box.unbind(1)
@@ -243,21 +240,17 @@ def _crop(images: Tensor, params: Params, recipe: Recipe) -> Tensor:
     # to make a block of output rows takes a strip of the image only; the longest strip is that of
     # a box as high as the image, with a pixel more at either end for where these fall
     strip = min(height, math.ceil(height / blocks + 2 * max(1, height / out_height)) + 2)
-
-    def places(count: int, flip: Tensor) -> Tensor:
-        """Where in a box, from 0 to 1, the output pixels of a line lie: (N, count)."""
-        place = torch.arange(count, device=device, dtype=dtype).add_(0.5).div_(count)
-        return torch.where(flip[:, None], 1 - place, place)
-
     share = torch.arange(blocks, device=device, dtype=dtype) / blocks
-    share = torch.where(params.vflip[:, None], 1 - share - 1 / blocks, share)
     edge = start[:, None] + length[:, None] * share - (length[:, None] / out_height).clamp(min=1)
     first = edge.floor().long().clamp(0, height - strip)  # (N, blocks): the strips' first rows
-    place = places(out_height, params.vflip)
-    rows = _resampling(start, length, place, first, strip).flatten(0, 1)
-    place = places(out_width, params.hflip)
+    across, down = (
+        torch.arange(count, device=device, dtype=dtype).add_(0.5).div_(count).expand(n, count)
+        for count in (out_width, out_height)
+    )
+    rows = _resampling(start, length, down, first, strip).flatten(0, 1)
+    across = torch.where(params.hflip[:, None], 1 - across, across)
     zero = torch.zeros_like(first[:, :1])  # all columns are one block, and see the whole line
-    columns = _resampling(left * width, box_width * width, place, zero, width).squeeze(1).mT
+    columns = _resampling(left * width, box_width * width, across, zero, width).squeeze(1).mT
     first = first + height * torch.arange(n, device=device)[:, None]  # in the lines of all images
     index = (first[:, :, None] + torch.arange(strip, device=device)).flatten()
     if images.is_contiguous(memory_format=torch.channels_last):
@@ -286,10 +279,6 @@ def _resampling(start: Tensor, length: Tensor, place: Tensor, first: Tensor, pix
     weight = (pixel[:, :, None] + 0.5 - centre[..., None]).abs_()  # (N, blocks, P / blocks, pixels)
     weight.mul_(slope[..., None]).add_(1).clamp_(min=0).mul_(inside.clamp_(min=0)[:, :, None])
     return weight.div_(weight.sum(3, keepdim=True))
-
-
-def _transpose(planes: Tensor, params: Params, recipe: Recipe) -> Tensor:
-    return planes.mT
 
 
 def _grayscale(planes: Tensor, params: Params, recipe: Recipe) -> Tensor:

@@ -110,6 +110,8 @@ def baseline_command(trained: Evaluation) -> str:
         "dataset_root": result["dataset_root"],
         "crop": result["crop"],
     }
+    if result["protocol"] == "finetune":  # which is a flag of its own
+        values |= {"protocol": "cached", "finetune": True}
     given = {name: value for name, value in values.items() if value is not None}
     return shlex.join(["python", "test.py", *config.words_of(TestSettings, given)])
 

@@ -1,6 +1,7 @@
 """What an exact continuation needs: saved into a checkpoint, compared, and put back."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ def check(checkpoint: dict[str, Any], path: Path, settings: TrainSettings, image
     old["images"] = checkpoint.get("images")
     new = {**dataclasses.asdict(settings), "images": images}
     names = [name for name in new if name not in free and old[name] != new[name]]
+    if names == ["max_epoch"]:
+        raise UserError(f"--max_epoch {new['max_epoch']}: {_describe_lengthening(old, new, path)}")
     if changes := "; ".join(f"{name} {old[name]!r} -> {new[name]!r}" for name in names):
         remedy = "go back to them, or name another --exp_version"
         raise UserError(f"--resume with other settings than those of {path}: {changes}: {remedy}")
@@ -65,6 +68,18 @@ def check(checkpoint: dict[str, Any], path: Path, settings: TrainSettings, image
     if checkpoint["step"] > end:
         there = f"{str(path)!r} is already at step {checkpoint['step']}: use a larger one"
         raise UserError(f"--max_epoch {settings.max_epoch} ends at step {end}, but {there}")
+
+
+def _describe_lengthening(old: dict[str, Any], new: dict[str, Any], path: Path) -> str:
+    """What to do for more epochs where the schedule depends on their number."""
+    epochs, version = new["max_epoch"] - old["max_epoch"], f"{old['exp_version']}-longer"
+    values = {**new, "init": str(path), "exp_version": version, "max_epoch": max(1, epochs)}
+    del values["images"]
+    command = shlex.join(["python", "train.py", *config.words_of(TrainSettings, values)])
+    return (
+        f"the cosine of {path} was made for {old['max_epoch']} epochs and cannot be stretched: "
+        f"a run from its weights, with a cosine of its own, is: {command}"
+    )
 
 
 def restore(

@@ -114,7 +114,7 @@ def test_flags_that_the_pages_name_exist() -> None:
     known |= {name.removeprefix("no-") for name in known}
     of_others = {"standalone", "nproc_per_node", "nnodes", "signal", "requeue", "nodes"}
     for page in PAGES[:-1]:
-        for name in re.findall(r"`--([a-z_-]+)", prose(page)):
+        for name in re.findall(r"`--([a-z0-9_-]+)", prose(page)):
             assert name.removeprefix("no-") in known | of_others, f"{page.name}: --{name}"
 
 

@@ -1,6 +1,7 @@
 """test.py on a miniature run."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -65,10 +66,8 @@ def test_results_of_a_run(place: Path) -> None:
     other = flags_of(place, data="other")
     assert run("test", *other, "--load_pretrained_epoch=1").returncode == 0
     assert (home / "epoch_0001-other-cached" / "result.json").exists()
-    assert run("test", *flags_of(place), "--encoder", "random").returncode == 0
-    assert "untrained  " in run("test", *flags_of(place)).stdout
-    # another vote than that on the untrained encoder: not compared
-    assert "untrained  " not in run("test", *flags_of(place), "--no-knn_weighted").stdout
+    for more in ([], ["--no-knn_weighted"]):
+        assert run("test", *flags_of(place), *more).returncode == 0
     assert json.loads((home / "epoch_0002" / "result.json").read_text())["knn_weighted"] is False
     assert json.loads((home / "random" / "result.json").read_text())["checkpoint"] is None
     assert (home / "epoch_0001" / "result.json").read_text() == before
@@ -130,15 +129,20 @@ def test_the_untrained_column_is_of_the_encoder_from_which_the_run_started(tmp_p
     class_folders(tmp_path / "data", seed=0, per_class=4)
     flags = flags_of(tmp_path)
     folder = fabricated_run(tmp_path / "output", "v1", epochs=(1,))  # its seed is 7
-    assert run("test", *flags, "--encoder=random").returncode == 0
     header = "top-1 (%)         untrained   cached"
-    assert header in run("test", *flags).stdout
-    assert header not in run("test", *flags, "--precision=bf16").stdout
-    assert header in run("test", *flags).stdout
-    last = folder / "checkpoints" / "last.pth.tar"
+    file, last = folder / "eval/random/result.json", folder / "checkpoints" / "last.pth.tar"
     content = checkpoints.load(last)
-    checkpoints.save(last, content | {"config": content["config"] | {"seed": 8}})
-    assert header not in run("test", *flags).stdout  # trained anew, from other weights
+    seen = []
+    for more, seed in ([], 7), (["--precision=bf16"], 7), ([], 8):  # 8: trained anew
+        checkpoints.save(last, content | {"config": content["config"] | {"seed": seed}})
+        done = run("test", *flags, *more)
+        untrained = json.loads(file.read_text())
+        assert f"{untrained['knn_top1']:>9.2f}" in done.stdout.split(header)[1]
+        seen.append((untrained["precision"], untrained["first_weights"]["seed"]))
+        measured = file.read_bytes()
+        assert run("test", *flags, *more).returncode == 0  # what is measured is not measured again
+        assert file.read_bytes() == measured
+    assert seen == [("fp32", 7), ("bf16", 7), ("fp32", 8)]
     for name in ("random_moco", "other"):  # files from elsewhere, one of which is called so
         file = {name: content[name] for name in ("state_dict", "config")}
         torch.save(file, tmp_path / f"{name}.pth")
@@ -209,3 +213,29 @@ def test_classes_that_do_not_fit_are_one_line(place: Path, tmp_path: Path) -> No
     ):
         done = run("test", *flags_of(place), f"--dataset_root={tmp_path / name}")
         assert one_line(done, words), done.stderr
+
+
+def test_a_protocol_that_takes_long_names_the_command_of_the_untrained_encoder(place: Path) -> None:
+    """The command works as printed, and its result is then shown."""
+    flags = [*flags_of(place), "--finetune", "--linear_epochs=1", "--linear_lrs", "0.01"]
+    done = run("test", *flags)
+    assert done.returncode == 0 and "untrained  " not in done.stdout, done.stderr
+    command = done.stdout.split("of the untrained encoder: python test.py ")[1].splitlines()[0]
+    assert run("test", *shlex.split(command), "--num_workers=0", "--device=cpu").returncode == 0
+    assert "untrained   finetune" in run("test", *flags).stdout
+
+
+def test_a_training_that_did_harm_is_said(tmp_path: Path) -> None:
+    """The weights of a constant encoder: both accuracies are those of chance."""
+    class_folders(tmp_path / "data", seed=0)
+    last = fabricated_run(tmp_path / "output", "v1", epochs=(1,)) / "checkpoints" / "last.pth.tar"
+    content = checkpoints.load(last)
+    ruined = {
+        name: torch.zeros_like(value) if "encoder_q" in name else value
+        for name, value in content["state_dict"].items()
+    }
+    checkpoints.save(last, content | {"state_dict": ruined})
+    done = run("test", *flags_of(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for name in ("kNN", "linear"):
+        assert f"warning: {name}: the trained encoder (" in done.stderr

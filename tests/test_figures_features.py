@@ -139,8 +139,10 @@ def test_filters_are_scaled_each_to_its_own_range_around_grey(tmp_path: Path) ->
         error = np.abs((picture - 128) / 127 * largest - weight[i].numpy()).max()
         assert error <= 0.5 / 127 * largest * 1.001
     assert data["filters"][0, 6].min() >= 128
-    with pytest.raises(ValueError, match="'one'"):
-        filters.filters_data({"one": torch.zeros(4, 1, 3, 3)})
+    bands = torch.stack([torch.full((2, 3, 3), 0.5), torch.full((2, 3, 3), -1.5)], dim=1)
+    bands[0, :, 0] = 0  # of two channels the mean is shown, -0.5 or 0
+    grey = filters.filters_data({"one": bands})["filters"][0]
+    assert (grey[0, :, 0] == 128).all() and (grey[0, :, 1:] == 1).all() and (grey[1] == 1).all()
 
 
 @pytest.mark.parametrize("count, k", [(64, 7), (10, 3)])

@@ -19,6 +19,7 @@ import dataloader
 import encoders
 import parallel
 import utils
+from data.base import RGB
 from evaluation.evaluate import check_sizes, resolve, score, wilson_interval
 from evaluation.features import Extractor, Features, dataset_features
 from evaluation.knn import knn_hits
@@ -252,7 +253,7 @@ def test_folds_are_ten_trainings_each_on_its_thousand(place: Path) -> None:
     subject = load_subject(settings)
     training = subject.settings
     extractor = Extractor(subject.encoder, training.mean, training.std, parallel.OneDevice())
-    images = open_images(settings, crop=16)
+    images = open_images(settings, crop=16, pixels=RGB)
     train = dataset_features(extractor, images.train, mirror=True)
     test = dataset_features(extractor, images.test)
     banks = [train.take(torch.from_numpy(fold)) for fold in folds]
@@ -304,4 +305,4 @@ def test_batches_that_are_too_small_for_the_processes_are_refused(place: Path) -
     flags = [f"--dataset_root={place}/data", "--protocol=original", "--linear_batch_size=3"]
     settings = settings_of(*flags)
     with pytest.raises(utils.UserError, match="3 images a batch are too few for 2 processes"):
-        check_sizes(settings, open_images(settings, crop=16), processes=2)
+        check_sizes(settings, open_images(settings, crop=16, pixels=RGB), processes=2)

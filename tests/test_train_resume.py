@@ -1,6 +1,7 @@
 """A run that was stopped, damaged or changed, and goes on."""
 
 import math
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from miniature import write_folders
-from scripts import assert_last_line_is_error, assert_one_line_error
+from scripts import assert_last_line_is_error, assert_one_line_error, run
 from training import TINY, assert_same_run, pretrain, state
 
 import utils
@@ -97,6 +98,22 @@ def test_resume_without_a_sound_last_checkpoint(folders: Path, tmp_path: Path):
     done, before = pretrain(folders, tmp_path, *flags, "--resume"), (home / "log.csv").read_bytes()
     assert_last_line_is_error(done, "none of the 4 checkpoints")
     assert (home / "log.csv").read_bytes() == before
+
+
+def test_a_cosine_is_not_stretched_but_goes_on_by_a_command(folders: Path, tmp_path: Path):
+    """The command works as printed, and starts from the weights where the first run ended."""
+    assert pretrain(folders, tmp_path, "--cosine", "--max_epoch=1").returncode == 0
+    done = pretrain(folders, tmp_path, "--cosine", "--max_epoch=3", "--resume")
+    assert_one_line_error(done, "made for 1 epochs", "--exp_version=v1-longer", "--max_epoch=2")
+    command = shlex.split(done.stderr.split("is: ")[1])
+    assert command[:2] == ["python", "train.py"]
+    assert run("train", *command[2:]).returncode == 0
+    last, first = (
+        checkpoints.load(tmp_path / "IMAGENET-64" / name)["state_dict"]
+        for name in ("v1/checkpoints/last.pth.tar", "v1-longer/checkpoints/epoch_0000.pth.tar")
+    )
+    assert all(torch.equal(last[name], first[name]) for name in last if "encoder_q" in name)
+    assert len(utils.read_csv(tmp_path / "IMAGENET-64/v1-longer/log.csv")["step"]) > 1
 
 
 def test_resume_past_the_end_or_with_a_damaged_log_is_one_line(folders: Path, tmp_path: Path):
