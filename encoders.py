@@ -13,43 +13,17 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import torchvision
 
 from config import TrainSettings, from_values
 from data.base import Crop, height_width, in_px
 from run import checkpoints
+from run.convolution import replace_convolutions
 from utils import UserError, generator
 
 FAMILIES = ["resnet*", "resnext*", "wide_resnet*"]
 TIMM = "timm:"
 ARCHS = torchvision.models.list_models(module=torchvision.models, include=FAMILIES)
-
-
-class OverlapConv2d(nn.Conv2d):
-    """A convolution that, for an output of one pixel, skips the kernel taps that meet only padding.
-
-    In a ResNet's last stage at 32 px these are eight of nine, and some CPUs compute the weight
-    gradient ten times slower than that of a matrix product. The result is that of nn.Conv2d.
-    """
-
-    @classmethod
-    def replacing(cls, conv: nn.Conv2d) -> "OverlapConv2d":
-        """This kind of convolution with the very parameters of `conv`; draws no random number."""
-        shape = conv.in_channels, conv.out_channels, conv.kernel_size
-        geometry = conv.stride, conv.padding, conv.dilation, conv.groups
-        new = cls(*shape, *geometry, bias=conv.bias is not None, device="meta")
-        new.weight, new.bias = conv.weight, conv.bias
-        return new
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (N, C, H, W)
-        h, w = x.shape[2:]
-        (kh, kw), (ph, pw), (sh, sw) = self.kernel_size, self.padding, self.stride
-        one_pixel = (h + 2 * ph - kh) // sh == 0 and (w + 2 * pw - kw) // sw == 0
-        if not one_pixel or h + ph > kh or w + pw > kw or self.groups != 1:
-            return super().forward(x)
-        taps = self.weight[:, :, ph : ph + h, pw : pw + w]  # those that touch the input
-        return F.linear(x.flatten(1), taps.flatten(1), self.bias)[:, :, None, None]
 
 
 def check_arch(arch: str) -> None:
@@ -94,6 +68,7 @@ def build_encoder(
             raise UserError(f"--small_stem is for torchvision's ResNets, not for {arch}")
     else:
         encoder = _build_resnet(arch, feature_dim, small_stem, channels)
+    replace_convolutions(encoder)
     if mlp:
         path = head_of(arch)
         last = encoder.get_submodule(path)
@@ -112,10 +87,6 @@ def _build_resnet(arch: str, feature_dim: int, small_stem: bool, channels: int) 
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
     if small_stem:
         encoder.maxpool = nn.Identity()
-    for parent in list(encoder.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Conv2d):
-                setattr(parent, name, OverlapConv2d.replacing(child))
     return encoder
 
 

@@ -29,7 +29,7 @@ import augment
 import dataloader
 import utils
 from data import store
-from data.base import Dataset
+from data.base import Dataset, Size
 from data.failures import Failures
 
 WIDTH, HEIGHT, CROP, BATCH, IMAGENET = 500, 375, 64, 64, 1_281_167
@@ -177,7 +177,7 @@ def write_store(folder: Path, images: int, side: int = 32) -> Dataset:
     about = {"format": store.VERSION, "source": "", "resize": side, "images": images}
     about |= {"name": "random", "classes": ["a"], "unreadable": []}
     utils.write_json(folder / "store.json", about)
-    return store.open_packed(folder, side, side)
+    return store.open_packed(folder, Size("square", side, side))
 
 
 def read_through(dataset: Dataset, images: int, epochs: Iterator[int]) -> None:

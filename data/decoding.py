@@ -214,9 +214,9 @@ def look(paths: Sequence[str], size: Size) -> tuple[int | None, Size]:
             raise UserError(f"{path!r} cannot be read: {error}") from None
         except BandsError as error:
             n = min(error.shape[0], error.shape[-1]) if len(error.shape) == 3 else 1
+            bands = f"{n} band{'s' if n > 1 else ''} ({' x '.join(map(str, error.shape))} values)"
             raise UserError(
-                f"{path!r} has {n} bands ({' x '.join(map(str, error.shape))} values), not "
-                f"--channels {size.pixels.channels}: give --channels {n}"
+                f"{path!r} has {bands}, not --channels {size.pixels.channels}: give --channels {n}"
             ) from None
         except Exception:  # an unreadable file is counted when it is needed
             continue

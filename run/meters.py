@@ -62,6 +62,9 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+REMEDY = "try a lower --lr, fewer --bn_groups or a larger --batch_size"
+
+
 class Meter:
     """Sums over the steps since the last row of the log, kept on the device of each process."""
 
@@ -104,7 +107,7 @@ class Meter:
         if not math.isfinite(loss):
             (finite_steps,) = self.launch.largest([-int(self.finite_steps)])
             first = f"the loss of step {step - self.steps + 1 - finite_steps} was not finite"
-            raise UserError(f"{first}: {describe_last(folder)}; try a lower --lr")
+            raise UserError(f"{first}: {describe_last(folder)}; {REMEDY}")
         seconds = max(1e-9, time.monotonic() - self.since)
         return {
             "loss": loss / max(1, self.steps),

@@ -11,7 +11,7 @@ from torch import Tensor
 import config
 from config import TrainSettings
 from run.checkpoints import describe_last
-from run.meters import Meter
+from run.meters import REMEDY, Meter
 from utils import UserError, provenance
 
 
@@ -32,7 +32,7 @@ def snapshot(
     for name, value in state.items():
         if not value.isfinite().all():
             failure = f"after step {step} {name} is not finite"
-            raise UserError(f"{failure}: {describe_last(folder)}; try a lower --lr")
+            raise UserError(f"{failure}: {describe_last(folder)}; {REMEDY}")
     return {
         "epoch": step // (images // settings.batch_size),
         "step": step,

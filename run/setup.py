@@ -25,26 +25,17 @@ def resolve(settings: TrainSettings, launch: Launch, checkpoint: dict | None) ->
 
     Errors come before any work: UserError. A resumed run keeps what `auto` chose when it began.
     """
-    if settings.dataset_root is None:
-        raise UserError("--dataset_root is missing: give a folder of images, or the word shapes")
-    if settings.download and launch.processes > 1:
-        raise UserError("--download is for one process: fetch the data with plain python first")
-    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("--tensorboard needs a package: pip install tensorboard")
-    if settings.compile and launch.devices > launch.processes:
-        raise UserError("--compile does not work with nn.DataParallel: use torchrun")
-    if settings.knn_root is not None and not settings.knn_every:
-        raise UserError(f"--knn_root {settings.knn_root!r} needs --knn_every: give it, too")
+    check_flags(settings, launch)
     check_encoder(settings, fresh=checkpoint is None)
     for name in ("bn_groups", "precision"):
         if checkpoint is not None and getattr(settings, name) == "auto":
             setattr(settings, name, checkpoint.get("config", {}).get(name, "auto"))
     settings.device = launch.device.type
     settings.precision = compute.pick_precision(settings.precision, launch.device)
-    settings.bn_groups = splits.resolve_bn_groups(settings.bn_groups, settings.batch_size, launch)
-    smallest, largest = settings.crop_scale
-    if not 0 < smallest <= largest:
-        raise UserError(f"--crop_scale {smallest} {largest} must rise from above 0, as 0.2 1 does")
+    groups = splits.resolve_bn_groups(settings.bn_groups, settings.batch_size, launch)
+    if settings.bn_groups == "auto" and launch.devices == 1 and groups < 8:
+        say(f"--bn_groups auto: {groups}, not 8, for groups of {splits.FEW} images or more")
+    settings.bn_groups = groups
     dataset = dataloader.open_dataset(
         settings.dataset_root,
         "pretrain",
@@ -59,6 +50,25 @@ def resolve(settings: TrainSettings, launch: Launch, checkpoint: dict | None) ->
     check_sizes(settings, dataset)
     check_channels(settings, dataset)
     return dataset
+
+
+def check_flags(settings: TrainSettings, launch: Launch) -> None:
+    """UserError for flags that are missing, or contradict each other or the launch."""
+    if settings.dataset_root is None:
+        raise UserError("--dataset_root is missing: give a folder of images, or the word shapes")
+    if settings.download and launch.processes > 1:
+        raise UserError("--download is for one process: fetch the data with plain python first")
+    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs a package: pip install tensorboard")
+    if settings.compile and launch.devices > launch.processes:
+        raise UserError("--compile does not work with nn.DataParallel: use torchrun")
+    if settings.knn_root is not None and not settings.knn_every:
+        raise UserError(f"--knn_root {settings.knn_root!r} needs --knn_every: give it, too")
+    smallest, largest = settings.crop_scale
+    if not 0 < smallest <= largest:
+        raise UserError(f"--crop_scale {smallest} {largest} must rise from above 0, as 0.2 1 does")
+    if settings.value_range and len(set(settings.value_range)) == 1:
+        raise UserError(f"--value_range {show(settings.value_range)}: black and white must differ")
 
 
 def check_encoder(settings: TrainSettings, fresh: bool) -> None:
@@ -97,6 +107,14 @@ def check_sizes(settings: TrainSettings, dataset: Dataset) -> None:
         )
     if settings.rotate90 and len(set(height_width(settings.crop))) > 1:
         raise UserError(f"--rotate90 needs square views, not --crop {in_px(settings.crop)}")
+    smallest = min(splits.chunks(settings.batch_size, settings.bn_groups))
+    if smallest < splits.FEW:
+        enough = max(1, settings.batch_size // splits.FEW)
+        warn(
+            f"--batch_size {settings.batch_size} in --bn_groups {settings.bn_groups} leaves "
+            f"{smallest} images in a group, too few for their mean and variance, so the loss may "
+            f"stop being finite: use {enough} groups or fewer, or a larger batch"
+        )
     if settings.shuffle_bn and settings.bn_groups == 1:
         warn("--shuffle_bn has no effect with one batch-norm group (--bn_groups 1)")
 

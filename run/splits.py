@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from parallel import Launch
 
 
+FEW = 4  # images in a batch-norm group; with fewer their statistics say little
+
+
 def chunks(n: int, parts: int) -> list[int]:
     """The sizes of the parts, possibly fewer, into which torch.chunk splits n rows."""
     size = max(1, -(-n // parts))
@@ -41,12 +44,15 @@ def fits(batch_size: int, groups: int, launch: "Launch") -> bool:
 def resolve_bn_groups(bn_groups: int | str, batch_size: int, launch: "Launch") -> int:
     """The number of batch-norm groups of the global batch (paper, section 3.3).
 
-    `auto` is the number of devices, or 8 on one device: the paper's 8 GPUs. Raises UserError, with
-    the nearest numbers that fit, unless a batch gives that many groups of 2 images or more, as
-    many on each device.
+    `auto` is the number of devices, or on one device the largest up to 8, the paper's 8 GPUs, that
+    leaves groups of 4 images or more. Raises UserError, with the nearest numbers that fit, unless a
+    batch gives that many groups of 2 images or more, as many on each device.
     """
     devices = launch.devices
-    groups = bn_groups if bn_groups != "auto" else devices if devices > 1 else 8
+    groups = devices if bn_groups == "auto" else bn_groups
+    if bn_groups == "auto" and devices == 1:
+        large = (count for count in range(8, 0, -1) if min(chunks(batch_size, count)) >= FEW)
+        groups = next((count for count in large if fits(batch_size, count, launch)), 1)
     if fits(batch_size, groups, launch):
         return groups
     counts = range(devices, batch_size // 2 + 1, devices)

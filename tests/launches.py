@@ -217,7 +217,9 @@ def assert_same_curve(one: Path, other: Path, tolerance: float) -> None:
     for name, value in states[0].items():
         assert value.shape == states[1][name].shape and value.dtype == states[1][name].dtype, name
         worst = (value.double() - states[1][name].double()).abs().max().item()
-        assert worst <= tolerance * max(value.double().abs().max().item(), 1e-3), (name, worst)
+        largest = max(value.double().abs().max().item(), 1e-3)
+        rounding = 10 if name.startswith("momentum") else 1  # of sums that nearly cancel
+        assert worst <= rounding * tolerance * largest, (name, worst, largest)
 
 
 class DataParallelOnCpu:

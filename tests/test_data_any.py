@@ -229,3 +229,5 @@ def test_a_run_packed_from_deep_images_says_its_range(tmp_path: Path) -> None:
         assert torch.equal(value, ends[1]["state_dict"][name])
     other = run("train", f"--dataset_root={packed}", "--value_range", "0", "100", *flags)
     assert_one_line_error(other, "was made with --value_range")
+    other = run("train", f"--dataset_root={packed}", "--value_range", "7", "7", *flags)
+    assert_one_line_error(other, "--value_range 7.0 7.0: black and white must differ")

@@ -1,5 +1,6 @@
 """Encoders: the weights that a seed gives, and what any file of weights is found to be."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from weight_files import features, look_trained, our_checkpoint, published, smal
 import config
 import encoders
 from run import checkpoints
+from run.convolution import OverlapConv2d
 from utils import UserError
 
 Q = "module.encoder_q."
@@ -70,12 +72,13 @@ def test_names_and_shapes_are_torchvision_s():
     assert [(n, v.shape) for n, v in ours.items()] == [(n, v.shape) for n, v in plain.items()]
 
 
-def test_every_convolution_is_replaced():
-    encoder = encoders.build_encoder("resnet18", 8, small_stem=True)
+@pytest.mark.parametrize("arch, count", [("resnet18", 20), ("timm:test_efficientnet", 17)])
+def test_every_convolution_is_replaced(arch: str, count: int):
+    encoder = encoders.build_encoder(arch, 8, small_stem=arch == "resnet18")
     convolutions = [m for m in encoder.modules() if isinstance(m, nn.Conv2d)]
-    assert len(convolutions) == 20
-    assert all(type(c) is encoders.OverlapConv2d and c.weight.is_leaf for c in convolutions)
-    assert encoder.conv1.stride == (1, 1) and isinstance(encoder.maxpool, nn.Identity)
+    assert len(convolutions) == count
+    assert all(type(c) is OverlapConv2d and c.weight.is_leaf for c in convolutions)
+    assert arch != "resnet18" or isinstance(encoder.maxpool, nn.Identity)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +92,7 @@ def test_every_convolution_is_replaced():
 def test_overlap_convolution_is_the_convolution(size: int, k: int, s: int, p: int, groups: int):
     torch.manual_seed(0)
     plain = nn.Conv2d(4, 6, k, s, p, groups=groups).double()
-    ours = encoders.OverlapConv2d(4, 6, k, s, p, groups=groups).double()
+    ours = OverlapConv2d(4, 6, k, s, p, groups=groups).double()
     ours.load_state_dict(plain.state_dict())
     x = torch.randn(5, 4, size, size, dtype=torch.float64)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
@@ -101,9 +104,28 @@ def test_overlap_convolution_is_the_convolution(size: int, k: int, s: int, p: in
     torch.testing.assert_close(ours.weight.grad, plain.weight.grad)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 32])
+@pytest.mark.parametrize("k, s", [(3, 2), (5, 2), (7, 2), (3, 1)])
+def test_gradients_in_bfloat16_are_those_of_the_weights(k: int, s: int, groups: int):
+    """Of one-pixel inputs, too, whatever the memory held before."""
+    torch.manual_seed(0)
+    conv = OverlapConv2d(32, 32, k, s, k // 2, groups=groups, bias=False)
+    conv.to(memory_format=torch.channels_last)
+    x = torch.randn(125, 32, 1, 1, dtype=torch.bfloat16)
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        rubbish = [torch.full((size,), math.nan) for size in (10**3, 10**4, 10**5, 10**6)]
+        del rubbish
+        conv.weight.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            conv(x.to(dtype)).float().square().sum().backward()
+        gradients.append(conv.weight.grad)
+    torch.testing.assert_close(*gradients, rtol=0.05, atol=0.05 * float(gradients[1].abs().max()))
+
+
 def test_a_replacement_shares_the_parameters():
     plain = nn.Conv2d(4, 6, 3, 2, 1, groups=2, bias=True)
-    ours = encoders.OverlapConv2d.replacing(plain)
+    ours = OverlapConv2d.replacing(plain)
     assert ours.weight is plain.weight and ours.bias is plain.bias
     x = torch.randn(2, 4, 9, 9)
     torch.testing.assert_close(ours(x), plain(x))

@@ -82,7 +82,7 @@ def test_an_old_checkpoint_is_evaluated(name: str, place: Path) -> None:
         *["--linear_epochs=2", "--trials=1", "--knn_k=5", "--num_workers=0", "--device=cpu"],
     )
     assert done.returncode == 0, done.stderr
-    (result,) = (place / "output" / "IMAGENET-64" / name / "eval").glob("*/result.json")
+    (result,) = (place / "output" / "IMAGENET-64" / name / "eval").glob("[!r]*/result.json")
     assert read_json(result)["step"] == STEPS[name]
 
 

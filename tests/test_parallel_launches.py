@@ -191,6 +191,14 @@ def test_groups_and_processes(
         splits.resolve_bn_groups(groups, batch, launch)
 
 
+@pytest.mark.parametrize("batch", range(2, 80))
+def test_auto_keeps_four_images_a_group(batch: int) -> None:
+    """On one device: the most groups up to eight that do; fewer images are one group."""
+    groups = splits.resolve_bn_groups("auto", batch, parallel.open_launch("cpu"))
+    able = [g for g in range(1, 9) if len(s := splits.chunks(batch, g)) == g and min(s) >= 4]
+    assert groups == max(able, default=1)
+
+
 def test_data_parallel_scatters_by_its_own_rule() -> None:
     """256 over 2 GPUs is 128 + 128, which does not hold three of the six groups each."""
     launch = replicas()

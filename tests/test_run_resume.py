@@ -150,7 +150,7 @@ def test_what_the_training_does_not_depend_on_may_change(
     assert "cosine False -> True" in refusal(content, settings, cosine=True)
     content["config"]["cosine"] = True
     settings = dataclasses.replace(settings, cosine=True)
-    assert "max_epoch 4 -> 9" in refusal(content, settings, max_epoch=9)
+    assert "the cosine of last was made for 4 epochs" in refusal(content, settings, max_epoch=9)
 
 
 def test_settings_newer_than_the_checkpoint_had_their_defaults(

@@ -119,3 +119,19 @@ def test_a_file_that_does_not_fit_is_one_line_before_any_work(place: Path, tmp_p
         done = train(place, "odd", *flags)
         assert_one_line_error(done, *words)
         assert not (place / "IMAGENET-64" / "odd").exists()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("arch", ["resnet18", "timm:test_resnet"])
+def test_weights_fit_other_channels(arch: str, channels: int) -> None:
+    """An image of equal channels gives what it gave; the other weights are the same ones."""
+    encoder = encoders.build_encoder(arch, 8).double().eval()
+    other = encoders.build_encoder(arch, 8, channels=channels).double().eval()
+    fitted = encoders.fit_channels(encoder.state_dict(), channels)
+    other.load_state_dict(fitted)
+    grey = torch.rand(2, 1, 32, 32, dtype=torch.float64)
+    outputs = encoder(grey.expand(-1, 3, -1, -1)), other(grey.expand(-1, channels, -1, -1))
+    torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-12)
+    same = encoder.state_dict()
+    changed = [name for name in same if not torch.equal(fitted[name], same[name])]
+    assert len(changed) == (channels != 3)

@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def test_figures_of_runs(place: Path) -> None:
     assert not (place / "early").exists()
 
     assert run("test", output, data, "--encoder_exp_version=M1", *FAST).returncode == 0
+    shutil.rmtree(home / "M1" / "eval" / "random")
     stored = (home / "M1" / "eval" / "epoch_0001" / "result.json").stat().st_mtime_ns
     epochs = ["--encoder_exp_version=M3", "--multiple_pretrained_epoch", "1", "2"]
     flags = [output, data, *versions, *epochs, *FAST]
