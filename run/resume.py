@@ -1,6 +1,7 @@
 """What an exact continuation needs: saved into a checkpoint, compared, and put back."""
 
 import dataclasses
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ def check(checkpoint: dict[str, Any], path: Path, settings: TrainSettings, image
     needed = ("config", "step", "optimizer", "meter")
     if missing := ", ".join(name for name in needed if name not in checkpoint):
         raise UserError(f"checkpoint {str(path)!r} cannot be continued: it has no {missing}")
+    if not _is_count(checkpoint["step"]):
+        odd = f"its step is {str(checkpoint['step'])[:40]!r}"
+        raise UserError(f"checkpoint {str(path)!r} cannot be continued: {odd}")
     free = config.names_with(TrainSettings, config.MAY_CHANGE)
     if not settings.cosine:
         free.append("max_epoch")  # only the cosine depends on it
@@ -88,15 +92,83 @@ def restore(
     optimizer: torch.optim.Optimizer,
     meter: Meter,
 ) -> int:
-    """Put a checkpoint's state back; returns its step. UserError if it does not fit."""
+    """Put a checkpoint's state back; returns its step.
+
+    UserError if it is not what this run would have written: names, shapes, types and ranges are
+    checked before anything uses them, because the fused optimizer reads whatever it is given.
+    """
     state = {k.removeprefix("module."): value for k, value in checkpoint["state_dict"].items()}
     try:
+        for name, value in state.items():
+            _check_tensor(name, value)
         moco.load_state_dict(state)
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        if not 0 <= int(moco.queue_ptr) < moco.K:
+            raise ValueError(f"queue_ptr is {int(moco.queue_ptr)}, of {moco.K} keys")
+        fitting = check_optimizer(checkpoint["optimizer"], optimizer)
+        optimizer.load_state_dict(fitting)
+        _check_meter(checkpoint["meter"])
         meter.load_state_dict(checkpoint["meter"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"the checkpoint does not fit its own settings: {reason}") from None
-    for group in optimizer.param_groups:
-        group["fused"] = optimizer.defaults["fused"]  # a matter of the device, not of the run
     return checkpoint["step"]
+
+
+def check_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer as `load_state_dict` takes it; its groups are this run's own.
+
+    Raises ValueError unless it has a tensor for each that the optimizer keeps, of its parameter's
+    shape and finite; KeyError, TypeError or AttributeError if it is no such state at all.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own]:
+        raise ValueError("the optimizer has other parameters")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [number for group in own for number in group["params"]]
+    kept = {"exp_avg", "exp_avg_sq", "step"}
+    if isinstance(optimizer, torch.optim.SGD):
+        kept = {"momentum_buffer"} if own[0]["momentum"] else set()
+    state = {number: values for number, values in saved["state"].items() if values or kept}
+    if state and set(state) != set(numbers):
+        raise ValueError(f"the optimizer has the state of {len(state)} of {len(numbers)} weights")
+    for number, parameter in zip(numbers, parameters, strict=True):
+        values = state.get(number, {})
+        if values and {name for name, value in values.items() if value is not None} != kept:
+            raise ValueError(
+                f"the optimizer keeps {', '.join(map(str, values))} of weight {number}"
+            )
+        for name, value in values.items():
+            if value is None:
+                continue
+            _check_tensor(f"the optimizer's {name}", value)
+            shape = torch.Size() if name == "step" else parameter.shape
+            if (
+                value.shape != shape
+                or not value.is_floating_point()
+                or name == "step"
+                and value < 0
+            ):
+                odd = f"{tuple(value.shape)} of {value.dtype}"
+                raise ValueError(f"the optimizer's {name} of a weight {tuple(shape)} is {odd}")
+    return {"state": state, "param_groups": own}
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if not torch.is_tensor(value) or value.layout is not torch.strided:
+        raise ValueError(f"{name} is no plain tensor")
+    if not value.isfinite().all():
+        raise ValueError(f"{name} is not finite")
+
+
+def _check_meter(saved: dict[str, Any]) -> None:
+    _check_tensor("the meter's sums", saved["sums"])
+    if saved["sums"].ndim != 1 or len(saved["sums"]) > 3:
+        raise ValueError(f"the meter has {tuple(saved['sums'].shape)} sums")
+    seconds = saved.get("seconds", 0.0)
+    good = isinstance(seconds, (int, float)) and 0 <= seconds < math.inf
+    if not good or not all(_is_count(saved[name]) for name in ("steps", "images")):
+        raise ValueError("the meter counts no steps, images or seconds")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62

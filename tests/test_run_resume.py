@@ -1,6 +1,7 @@
 """What goes into a checkpoint, what it is compared with, and how it comes back."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from run.meters import Meter
 from utils import UserError
 
 IMAGES, STEPS_PER_EPOCH = 85, 5
+QUEUE, PTR = "module.queue", "module.queue_ptr"
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +77,8 @@ def test_a_restored_run_takes_the_same_steps(
     content: dict, parts: Parts, settings: TrainSettings, tmp_path: Path
 ) -> None:
     path, again = tmp_path / "last.pth.tar", make_parts(seed=5)
+    content["optimizer"]["param_groups"][0] |= {"fused": False, "maximize": True}
     checkpoints.save(path, content)
-    for group in again[1].param_groups:
-        group["fused"] = False
     assert resume.restore(checkpoints.load(path), *again) == 7
     assert all(group["fused"] for group in again[1].param_groups), "a matter of the device"
     first = make_parts()
@@ -94,6 +95,11 @@ def test_a_restored_run_takes_the_same_steps(
     assert ours["meter"]["images"] == theirs["meter"]["images"] == 32
 
 
+def buffer(content: dict, value: Any) -> None:
+    """Another momentum buffer for the first convolution, (64, 3, 7, 7)."""
+    content["optimizer"]["state"][0]["momentum_buffer"] = value
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -102,6 +108,31 @@ def test_a_restored_run_takes_the_same_steps(
         lambda content: content["meter"].clear(),
         lambda content: content["meter"].update(sums=3),
         lambda content: content.update(optimizer=[]),
+        lambda content: buffer(content, torch.zeros(3)),
+        lambda content: buffer(content, torch.zeros(())),
+        lambda content: buffer(content, None),
+        lambda content: buffer(content, "text"),
+        lambda content: buffer(content, 3.0),
+        lambda content: buffer(content, torch.zeros(64, 3, 7, 7).to_sparse()),
+        lambda content: buffer(content, torch.full((64, 3, 7, 7), math.inf)),
+        lambda content: buffer(content, torch.zeros(64, 3, 7, 7, dtype=torch.int64)),
+        lambda content: content["optimizer"]["state"].pop(5),
+        lambda content: content["optimizer"]["state"].update({5: {}}),
+        lambda content: content["optimizer"]["state"].update({99: {}}),
+        lambda content: content["optimizer"]["state"][5].update(exp_avg=torch.zeros(64)),
+        lambda content: content["optimizer"]["param_groups"][0]["params"].pop(),
+        lambda content: content["optimizer"]["param_groups"].append({"params": []}),
+        lambda content: content["state_dict"].update({PTR: torch.tensor([48])}),
+        lambda content: content["state_dict"].update({PTR: torch.tensor([-1])}),
+        lambda content: content["state_dict"].update({QUEUE: torch.full((8, 48), math.nan)}),
+        lambda content: content["state_dict"].update({QUEUE: None}),
+        lambda content: content["meter"].update(sums=torch.zeros(4)),
+        lambda content: content["meter"].update(sums=torch.full((3,), math.nan)),
+        lambda content: content["meter"].update(steps=-1),
+        lambda content: content["meter"].update(steps=1.5),
+        lambda content: content["meter"].update(images=10**30),
+        lambda content: content["meter"].update(seconds=math.nan),
+        lambda content: content["meter"].update(seconds="long"),
     ],
 )
 def test_a_state_that_does_not_fit_is_one_line(content: dict, damage: Callable) -> None:
@@ -109,6 +140,29 @@ def test_a_state_that_does_not_fit_is_one_line(content: dict, damage: Callable) 
     with pytest.raises(UserError, match="the checkpoint does not fit its own settings") as error:
         resume.restore(content, *make_parts())
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("step", torch.tensor(-1.0)),
+        ("step", torch.zeros(2)),
+        ("step", torch.tensor(math.nan)),
+        ("exp_avg", torch.zeros(1)),
+        ("exp_avg_sq", None),
+    ],
+)
+def test_the_state_of_adamw_is_checked_alike(name: str, value: Any) -> None:
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    content = optimizer.state_dict()
+    found = resume.check_optimizer(content, optimizer)
+    assert found["state"].keys() == content["state"].keys()
+    content["state"][1] |= {name: value}
+    with pytest.raises(ValueError, match="optimizer"):
+        resume.check_optimizer(content, optimizer)
 
 
 def test_a_weight_that_is_not_finite_is_not_saved(settings: TrainSettings, tmp_path: Path) -> None:
