@@ -27,7 +27,7 @@ from data.base import Size, height_width, in_px
 from data.folders import FolderImages, image_files
 from evaluation import embed
 from evaluation.features import Extractor
-from utils import UserError, atomic_write, guard, say
+from utils import UserError, atomic_write, check_replaceable, guard, say
 
 
 def main(argv: list[str]) -> None:
@@ -40,6 +40,8 @@ def main(argv: list[str]) -> None:
     names = [f"{out}.npy", f"{out}.csv"] if settings.features else [out]
     if (there := [name for name in names if Path(name).exists()]) and not settings.overwrite:
         raise UserError(f"{there[0]!r} is there already: name another file, or --overwrite it")
+    for name in names:
+        check_replaceable(name)
     loaded = encoders.load(settings.checkpoint, settings.arch)
     say(f"read     {settings.checkpoint}: {loaded.description}")
     if settings.features is None:

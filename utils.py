@@ -168,9 +168,10 @@ def cosine(done: float, total: float = 1.0) -> float:
 def atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
     """Write a file so that a crash at any moment leaves the old one or the new one.
 
-    Raises UserError if it cannot be written.
+    A link is followed: its target is replaced. Raises UserError if the file cannot be written.
     """
-    path = Path(path)
+    check_replaceable(path)
+    path = Path(os.path.realpath(path))
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,6 +190,16 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
     finally:
         with contextlib.suppress(OSError):  # after os.replace it is not there
             os.unlink(temporary)
+
+
+def check_replaceable(path: str | Path) -> None:
+    """UserError, before any work, if there is something at a path that is no regular file.
+
+    A pipe or a device would be replaced by a file, and so lost to whoever uses it.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "a pipe or a device"
+        raise UserError(f"{str(path)!r} cannot be written: it is {kind}")
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -66,6 +67,13 @@ class Value:
         if text == self.word:
             return None if text == "null" else text
         if self.type is str and text:
+            if (
+                "\0" in text
+                or len(text) > 3000
+                or max(map(len, os.fsencode(text).split(b"/"))) > 230
+            ):
+                reason = "is not valid: no file can have this name"
+                raise argparse.ArgumentTypeError(f"{text[:60]!r} {reason}")
             return text
         with contextlib.suppress(ValueError, OverflowError):
             value = float(text)
@@ -133,7 +141,7 @@ def add_flags(parser: Parser, cls: type, defaults: Mapping[str, Any]) -> None:
             help += f" (default: {show(defaults[field.name])})"
             group.add_argument(f"--{field.name}", help=help, **options)
         else:
-            group.add_argument(field.name, metavar=field.name.upper(), help=help)
+            group.add_argument(field.name, help=help, **options)
 
 
 def to_words(cls: type, values: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from scripts import assert_one_line_error, run
 
 import config
 from config import ExportSettings, TrainSettings, VisualizeSettings
@@ -298,3 +299,32 @@ def test_several_presets_add_up_however_they_are_given(flags: list[str]) -> None
     cfg = train(*flags)
     assert (cfg.arch, cfg.momentum, cfg.exp_version) == ("resnet18", 0.0, "M0")
     assert train("--preset", "M0", "M3").momentum == 0.999, "a later one wins"
+
+
+LONG, DEEP, NULL = "x" * 300, "/tmp/" + "y/" * 3000, "a\0b"
+
+
+@pytest.mark.parametrize("name", [LONG, DEEP, NULL], ids=["long", "deep", "null"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train --dataset_root",
+        "train --output_root",
+        "train --pack",
+        "train --init",
+        "train --knn_root",
+        "test --encoder_output_root",
+        "test --pretrained",
+        "visualize --result_path",
+        "export --features",
+        "export file",
+        "export",
+    ],
+)
+def test_a_name_that_no_file_can_have_is_one_line(words: str, name: str) -> None:
+    script, *flags = words.split()
+    if flags and flags[0].startswith("--"):
+        flags = [f"{flags[0]}={name}", *(["in", "out"] if script == "export" else [])]
+    else:
+        flags = [*flags, name, *(["out"] if not flags else []), "--format=timm"]
+    assert_one_line_error(run(script, *flags), "no file can have this name")

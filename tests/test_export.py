@@ -1,5 +1,6 @@
 """Exported encoders in torchvision, timm and Detectron2's format, and what others find in ours."""
 
+import os
 import pickle
 import re
 from pathlib import Path
@@ -132,6 +133,10 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
     there.write_text("mine")
     assert one_line(run("export", path, there, "--format=timm"), "is there already")
     assert there.read_text() == "mine"
+    os.mkfifo(tmp_path / "pipe")
+    done = run("export", path, tmp_path / "pipe", "--format=timm", "--overwrite")
+    assert one_line(done, "it is a pipe") and (tmp_path / "pipe").is_fifo()
+    (tmp_path / "pipe").unlink()
     assert one_line(run("export", path, out, "--format=onnx"), "onnx")
     assert one_line(run("export", path, out), "--format")
     assert one_line(run("export", tmp_path / "none.pth", out, "--format=timm"), "none.pth")

@@ -2,6 +2,7 @@
 
 import io
 import os
+import socket
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,33 @@ def test_streams_are_reproducible_and_apart():
         draw(5, "query", 1),
     ]
     assert len({tuple(x) for x in [draw(1, "query", 5), *others]}) == 6
+
+
+def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
+    """Its target is the file that is replaced, or made."""
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("there", "not_there"):
+        link, target = tmp_path / name, tmp_path / "elsewhere" / name
+        link.symlink_to(target)
+        if name == "there":
+            target.write_bytes(b"old")
+        utils.atomic_write(link, lambda file: file.write(b"new"))
+        assert link.is_symlink() and target.read_bytes() == b"new" and not target.is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["elsewhere", "not_there", "there"]
+
+
+def test_a_pipe_a_socket_and_a_folder_are_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "socket"))
+    before = {path: os.lstat(path).st_mode for path in tmp_path.iterdir()}
+    for path in before:
+        with pytest.raises(utils.UserError, match="cannot be written: it is a"):
+            utils.atomic_write(path, lambda file: file.write(b"new"))
+    assert before == {path: os.lstat(path).st_mode for path in tmp_path.iterdir()}
+    listener.close()
 
 
 def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path: Path):
