@@ -148,7 +148,9 @@ class TestSettings:
     )
     finetune: bool = LINEAR("train the encoder, too")
     finetune_lr: float = LINEAR("learning rate of the encoder with --finetune", trait=COMPARABLE)
-    linear_epochs: int | Auto = LINEAR("auto: 30, or the protocol's 100", 1, trait=COMPARABLE)
+    linear_epochs: int | Auto = LINEAR(
+        "auto: 30, or the protocol's 100", 1, 100_000, trait=COMPARABLE
+    )
     linear_lrs: list[float] | None = LINEAR(
         "learning rates, chosen from on a held-out tenth; default: the protocol's",
         1e-7,
@@ -156,7 +158,7 @@ class TestSettings:
     )
     linear_batch_size: int = LINEAR("images in a step", 1, trait=COMPARABLE)
     linear_views: int = LINEAR("1: each image; 2: its mirror image, too", 1, 2, trait=COMPARABLE)
-    trials: int | Auto = LINEAR("classifiers with different seeds; auto: 3, or 1", 1)
+    trials: int | Auto = LINEAR("classifiers with different seeds; auto: 3, or 1", 1, 1000)
 
     eval_batch_size: int = RUN("images in a batch of the encoder", 1)
     device: str = RUN("auto, cpu, cuda, cuda:N or mps; auto: the fastest there is")

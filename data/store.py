@@ -33,13 +33,12 @@ BATCH = 64  # images that are written at once
 class PackedImages(Dataset):
     """A packed store, read in place. Its batches are those of `FolderImages`, bit for bit.
 
-    Raises ValueError if its files are not of the size that `about` (store.json) says.
+    Raises ValueError, KeyError or TypeError if its files are not what `about` (store.json) says.
     """
 
     def __init__(self, folder: Path, about: dict, size: Size) -> None:
         rows = np.fromfile(folder / "rows", ROW)
-        if len(rows) != about["images"]:
-            raise ValueError(f"rows has {len(rows)} rows, not {about['images']}")
+        check_rows(rows, about)
         labels = torch.from_numpy(rows["label"].astype(np.int64))
         size = replace(size, resize=about["resize"], pixels=pixels_of(about))
         super().__init__(about["name"], labels, about["classes"], size)
@@ -59,6 +58,23 @@ class PackedImages(Dataset):
         return Batch(images, self.aspect[indices], self.labels[indices], failed)
 
 
+def check_rows(rows: np.ndarray, about: dict) -> None:
+    """ValueError, KeyError or TypeError unless the rows of a store are what was written."""
+    if len(rows) != about["images"] or not len(rows):
+        raise ValueError(f"rows has {len(rows)} rows, not {about['images']}")
+    if not ((rows["aspect"] > 0) & np.isfinite(rows["aspect"])).all():
+        raise ValueError("rows has an aspect that is none")
+    if not ((rows["label"] >= -1) & (rows["label"] < len(about["classes"]))).all():
+        raise ValueError("rows has a label that is no class")
+    if not all(isinstance(name, str) for name in about["classes"]):
+        raise ValueError("its classes have no names")
+    unreadable = dict(about["unreadable"])
+    if not all(type(i) is int and 0 <= i < len(rows) for i in unreadable):
+        raise ValueError("its unreadable images are none of its own")
+    if len(unreadable) > len(rows) // 100:
+        raise ValueError(f"{len(unreadable)} of its {len(rows)} images are unreadable")
+
+
 def matches(root: str | Path) -> bool:
     return (Path(root) / "store.json").exists()
 
@@ -76,6 +92,8 @@ def pixels_of(about: dict) -> Pixels:
     """How a store's images were decoded, which what is older than these settings does not say."""
     low_high = about.get("value_range")
     channels, background = about.get("channels", 3), about.get("background", 0)
+    if type(channels) is not int or channels < 1:
+        raise ValueError(f"its images have {channels!r} channels")
     return Pixels(channels, low_high and tuple(low_high), background)
 
 
@@ -99,7 +117,7 @@ def open_packed(folder: Path, size: Size) -> PackedImages:
             if value != made and value is not None:
                 raise UserError(f"{name} was made with --{flag} {made}, not {value}: {again}")
         return PackedImages(folder, about, size)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"{name} is damaged ({reason}): {again}") from None
 

@@ -206,7 +206,32 @@ DAMAGE: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
         "holds images of 32 px, which do not fit --resize 24",
         lambda folder, data: rewrite(folder, resize=32),
     ),
+    "empty": ("damaged (rows has 0", lambda folder, data: empty(folder)),
+    "zeros": ("an aspect that is none", lambda folder, data: fill_rows(folder, b"\0")),
+    "garbage": ("damaged (rows has a", lambda folder, data: fill_rows(folder, b"\xff")),
+    "no classes": ("a label that is no class", lambda folder, data: rewrite(folder, classes=[])),
+    "odd classes": ("have no names", lambda folder, data: rewrite(folder, classes=[1] * 9)),
+    "odd list": ("damaged (", lambda folder, data: rewrite(folder, unreadable=[3, "a"])),
+    "no such image": ("none of its own", lambda f, data: rewrite(f, unreadable=[[999, "a"]])),
+    "none readable": (
+        "250 of its 250 images are unreadable",
+        lambda folder, data: rewrite(folder, unreadable=[[i, "a"] for i in range(250)]),
+    ),
+    "no channels": ("have 0 channels", lambda folder, data: rewrite(folder, channels=0)),
+    "deep": (
+        "damaged (",
+        lambda folder, data: (folder / "store.json").write_text("[" * 10**5),
+    ),
 }
+
+
+def empty(folder: Path) -> None:
+    os.truncate(folder / "rows", 0)
+    rewrite(folder, images=0)
+
+
+def fill_rows(folder: Path, byte: bytes) -> None:
+    (folder / "rows").write_bytes(byte * (folder / "rows").stat().st_size)
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +306,7 @@ def test_a_store_is_not_read_into_memory(tmp_path: Path) -> None:
     n, side = 60_000, 40  # 288 MB
     (tmp_path / "images.u8").touch()
     os.truncate(tmp_path / "images.u8", n * side * side * 3)
-    np.zeros(n, store.ROW).tofile(tmp_path / "rows")
+    np.full(n, (1, 0, True), store.ROW).tofile(tmp_path / "rows")
     about = {"name": "x", "source": "", "classes": ["a"], "resize": side, "images": n}
     packed = store.PackedImages(tmp_path, about | {"unreadable": []}, Size("square", "auto", 32))
 
