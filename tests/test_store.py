@@ -306,7 +306,7 @@ def test_a_store_is_not_read_into_memory(tmp_path: Path) -> None:
     n, side = 60_000, 40  # 288 MB
     (tmp_path / "images.u8").touch()
     os.truncate(tmp_path / "images.u8", n * side * side * 3)
-    np.full(n, (1, 0, True), store.ROW).tofile(tmp_path / "rows")
+    np.array([(1, 0, True)] * n, store.ROW).tofile(tmp_path / "rows")
     about = {"name": "x", "source": "", "classes": ["a"], "resize": side, "images": n}
     packed = store.PackedImages(tmp_path, about | {"unreadable": []}, Size("square", "auto", 32))
 
