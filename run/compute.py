@@ -1,11 +1,14 @@
 """What a run computes on and in: device, precision, compiled encoders."""
 
 import contextlib
+import importlib.util
 
 import torch
 from torch import Tensor, nn
 
 from utils import UserError
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # as in PyTorch's CUDA builds
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -61,6 +64,13 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The type in which autocast computes on a device here and now; None if it is off."""
     on = torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if on else None
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether run/kernels.py runs on a device: on GPUs for which Triton compiles."""
+    if device.type != "cuda" or not HAS_TRITON:
+        return False
+    return torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def compile_encoder(encoder: nn.Module, example: Tensor, precision: str) -> str | None:
