@@ -30,7 +30,7 @@ PER_MACHINE = "per_machine"  # as MAY_CHANGE, and it may differ between the mach
 COMPARABLE = "comparable"  # two results can be compared only where it is the same
 
 
-Precision = Literal["auto", "fp32", "bf16", "fp64"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
 Figure = Literal["loss", "accuracy", "views", "neighbours", "embedding", "filters"]
 DATA, VIEWS, MODEL = partial(flag, "data"), partial(flag, "augmentation"), partial(flag, "model")
 OPTIM, RUN, ENCODER = partial(flag, "optimization"), partial(flag, "run"), partial(flag, "encoder")
@@ -105,7 +105,7 @@ class TrainSettings:
     device: str = RUN(
         "auto, cpu, cuda, cuda:N or mps; auto: the fastest there is", trait=MAY_CHANGE
     )
-    precision: Precision = RUN("auto: bf16 where the hardware computes in it, else fp32")
+    precision: Precision = RUN("auto: bf16, or fp16, where the hardware computes in it, else fp32")
     compile: bool = RUN("compile the encoders with torch.compile", trait=MAY_CHANGE)
     seed: int = RUN("same seed, same curve")
     log_every: int = RUN("steps between rows of log.csv", 1, trait=MAY_CHANGE)

@@ -84,6 +84,7 @@ def train(
     """Algorithm 1 of the paper. What goes on beside it is the keeper's: rows, saves, stops."""
     keeper = Keeper(settings, launch, folder, images=len(dataset))
     moco, optimizer = build_model(settings, launch, fresh=checkpoint is None)
+    scaler = keeper.scaler = compute.Scaler(settings.precision, launch.device, optimizer)
     done = resume.restore(checkpoint, moco, optimizer, keeper.meter) if checkpoint else 0
     spread(moco, settings, launch)
     setup.compare_processes(settings, launch, dataset, done, monitor.images if monitor else 0)
@@ -111,9 +112,9 @@ def train(
                 logits, labels, keys = map(torch.cat, halves)
         loss = contrastive_loss(logits, labels) * launch.loss_weight
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        scaler.scale(loss).backward()  # the loss itself, but in fp16
         watch.lap("forward and backward")
-        optimizer.step()
+        scaler.step(optimizer)
         moco.enqueue(keys)  # after the backward pass, which needs the queue as it was
         watch.lap("update")
         keeper.meter.add(loss, logits, len(keys))

@@ -49,8 +49,18 @@ def resolve(settings: TestSettings) -> TestSettings:
         linear_epochs=auto.epochs if epochs == "auto" else epochs,
         linear_lrs=lrs or auto.lrs,
         trials=auto.trials if trials == "auto" else trials,
-        precision=compute.pick_precision(settings.precision, device),
+        precision=pick_precision(settings, device),
     )
+
+
+def pick_precision(settings: TestSettings, device: torch.device) -> str:
+    """The encoder's precision; UserError for finetuning in fp16, whose gradients would vanish."""
+    precision = compute.pick_precision(settings.precision, device)
+    if settings.finetune and precision == "fp16":
+        if settings.precision == "fp16":
+            raise UserError("--finetune does not work with --precision fp16: use fp32")
+        return "fp32"
+    return precision
 
 
 def refuse_both(one: str, other: str) -> NoReturn:

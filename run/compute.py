@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from utils import UserError
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # as in PyTorch's CUDA builds
 
 
@@ -34,30 +35,73 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """`fp32`, `bf16` or `fp64`; `auto` is bf16 where the hardware computes in it, else fp32.
+    """`fp32`, `bf16`, `fp16` or `fp64`; `auto` is bf16 where the hardware computes in it.
 
-    Emulation does not count. Raises UserError for float64 on mps, which has none.
+    Emulation does not count: `auto` is fp16 on a GPU that is fast in that alone (Volta, Turing),
+    else fp32. Raises UserError for what a device does not compute in.
     """
-    if name == "fp64" and device.type == "mps":
-        raise UserError("--precision fp64 does not exist on mps: use fp32")
+    if name in ("fp64", "fp16") and device.type == "mps":
+        raise UserError(f"--precision {name} does not exist on mps: use fp32")
+    if device.type == "cuda" and name in ("auto", "bf16"):
+        capability = torch.cuda.get_device_capability(device)
+        fast = "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
+        if name == "bf16" != fast:
+            has = f"this GPU has {capability[0]}.{capability[1]}"
+            raise UserError(f"--precision bf16 needs compute capability 8.0, {has}: use {fast}")
+        return fast
     if name != "auto":
         return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return "bf16" if device.type == "cpu" and has_bf16() else "fp32"
 
 
 def precision_dtype(precision: str) -> torch.dtype:
-    """The type of weights and views: float64 for fp64, else float32 (bf16 is autocast's)."""
+    """The type of weights and views: float64 for fp64, else float32 (the others are autocast's)."""
     return torch.float64 if precision == "fp64" else torch.float32
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
     """The context in which encoders run forward."""
-    if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
+    if dtype := AUTOCAST.get(precision):
+        return torch.autocast(device.type, dtype=dtype)
     return contextlib.nullcontext()
+
+
+class Scaler(torch.amp.GradScaler):
+    """Scales the loss, or small gradients would vanish in fp16; with others it does nothing.
+
+    A step whose gradients overflow is left out, and the scale halves: `skipped` counts them, on
+    the device. Scale and count are saved in the optimizer's state.
+    """
+
+    def __init__(
+        self, precision: str, device: torch.device, optimizer: torch.optim.Optimizer
+    ) -> None:
+        super().__init__(device.type, enabled=precision == "fp16")
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._one = torch.ones((), device=device)
+        if self.is_enabled():
+            optimizer.register_state_dict_post_hook(self._save)
+            optimizer.register_load_state_dict_pre_hook(self._load)
+            for group in optimizer.param_groups:
+                if group.get("momentum"):  # fused SGD would leave them undefined at a skipped step
+                    for parameter in group["params"]:
+                        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer's step, unless gradients overflowed; sets the scale of the next one."""
+        super().step(optimizer)
+        if self.is_enabled():
+            before = self.scale(self._one)
+            self.update()
+            self.skipped += self.scale(self._one) < before
+
+    def _save(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        state["scaler"] = {**self.state_dict(), "skipped": int(self.skipped)}
+
+    def _load(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        self.load_state_dict(state["scaler"])
+        self.skipped.fill_(state["scaler"]["skipped"])
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

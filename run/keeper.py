@@ -19,7 +19,7 @@ from parallel import Launch
 from run import curves, resume
 from run.board import Board
 from run.checkpoints import Saver
-from run.compute import precision_dtype
+from run.compute import Scaler, precision_dtype
 from run.log import COLUMNS, Log
 from run.meters import Meter, Stopwatch, effective_rank, peak_memory_mb, uniformity
 from run.signals import StopSignal
@@ -52,6 +52,8 @@ class Keeper:
         dtype = precision_dtype(settings.precision)
         self.meter = Meter(launch, dtype, settings.batch_size, settings.temperature)
         self.board: Board | None = None
+        self.scaler: Scaler | None = None
+        self.skipped = 0  # steps in fp16
         self.collapsed = False
 
     def start(self, step: int, monitor: Monitor | None, untrained: float | None) -> Stopwatch:
@@ -126,6 +128,7 @@ class Keeper:
         }
         if self.launch.rank == 0:
             self._add_row(row)
+        self._say_skipped()
         self._warn_of_collapse(row["effective_rank"])
         self.meter.reset()
         left = (self.steps - step) * self.settings.batch_size / row["images_per_second"]
@@ -140,6 +143,16 @@ class Keeper:
         self.log.add(row)
         if self.board is not None:
             self.board.scalars(row)
+
+    def _say_skipped(self) -> None:
+        """Say how many steps were left out since the last row, as their gradients overflowed."""
+        if self.scaler.is_enabled() and (skipped := int(self.scaler.skipped)) > self.skipped:
+            scale = self.scaler.get_scale()
+            say(
+                f"fp16: gradients overflowed, {skipped - self.skipped} steps were skipped "
+                f"({skipped} in all); the loss is scaled by {scale:g} now"
+            )
+            self.skipped = skipped
 
     def _warn_of_collapse(self, rank: float) -> None:
         """Say it, once, when the keys of the queue leave all but a few directions."""

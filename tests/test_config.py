@@ -122,7 +122,7 @@ def test_a_saved_configuration_reads_back(tmp_path: Path):
         (["--lr", "fast"], "--lr: 'fast'"),
         (["--lr", "nan"], "--lr"),
         (["--lr", ".inf"], "--lr"),
-        (["--precision", "fp8"], "'auto', 'fp32', 'bf16', 'fp64'"),
+        (["--precision", "fp8"], "'auto', 'fp32', 'bf16', 'fp16', 'fp64'"),
         (
             ["--bn_groups", "0"],
             "--bn_groups: '0' is not valid: it must be a whole number from 1 up",

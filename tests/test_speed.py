@@ -140,7 +140,7 @@ def test_auto_is_not_fooled_by_emulated_bfloat16(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True
     )  # true of Turing and Volta, too, by emulation
-    for capability, expected in (((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")):
+    for capability, expected in (((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")):
         monkeypatch.setattr(
             torch.cuda, "get_device_capability", lambda device=None, c=capability: c
         )
