@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GroupBatchNorm2d, MoCo, shuffle, unshuffle
-from run.compute import autocast_dtype, pick_device
+from run.compute import autocast_dtype, pick_device, set_backends
 from run.splits import chunks, rows_of, shares
 from utils import UserError
 
@@ -77,7 +77,8 @@ class OneDevice:
     def __enter__(self) -> "OneDevice":
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # plain cuda is the current one
-        torch.backends.cudnn.benchmark = True  # the shapes stay, so the fastest kernels are sought
+        # the shapes stay, but nn.DataParallel starts new threads at every call
+        set_backends(tune=self.devices == self.processes)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
 import subprocess
 import sys
@@ -42,7 +43,11 @@ def guard(main: Callable[[list[str]], None]) -> None:
     except (UserError, PermissionError, ConnectionError) as error:
         if isinstance(error, PermissionError):
             error = f"{error.filename!r}: permission denied"
-        _stop(f"error: {f'process {rank()}: ' if rank() else ''}{error}")
+        _stop(error)
+    except RuntimeError as error:
+        if (remedy := _remedy(error)) is None:
+            raise
+        _stop(remedy)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
@@ -51,7 +56,25 @@ def guard(main: Callable[[list[str]], None]) -> None:
         sys.stdout, sys.stderr = streams
 
 
-def _stop(message: str) -> None:
+# What libraries of a GPU say that get no memory; cuDNN finds no engine without a place to work in.
+NO_MEMORY = r"CUDA error: out of memory|STATUS_ALLOC_FAILED|unable to find an engine"
+
+
+def _remedy(error: RuntimeError) -> str | None:
+    """What to do about an error of a GPU that is no fault of the code, or None."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or re.search(NO_MEMORY, text):
+        asked = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
+        asked = f", which was asked for {asked[1]} more" if asked else ""
+        smaller = "a smaller --batch_size (of test.py --eval_batch_size)"
+        return f"a GPU is out of memory{asked}: use {smaller}, or more GPUs"
+    if "no kernel image" in text:
+        return "PyTorch has no kernels for this GPU: install another build (docs/devices.md)"
+    return None
+
+
+def _stop(error: Exception | str) -> None:
+    message = f"error: {f'process {rank()}: ' if rank() else ''}{error}"
     if rank():
         time.sleep(5)  # the first process likely stops for the same reason, and says so for all
     print(message, file=sys.stderr)

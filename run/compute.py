@@ -2,6 +2,8 @@
 
 import contextlib
 import importlib.util
+import re
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None  # as in PyTorch's C
 def pick_device(name: str = "auto") -> torch.device:
     """The device named, or for `auto` the first of cuda, mps and cpu that is there.
 
-    Raises UserError if the device is not known, or not there.
+    Raises UserError if the device is not known, not there, or one that this PyTorch is not for.
     """
     gpus, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if name == "auto":
@@ -31,7 +33,41 @@ def pick_device(name: str = "auto") -> torch.device:
         raise UserError(f"--device {name!r} is not available, {seen}: use another, or cpu")
     if device.type == "mps" and not has_mps:
         raise UserError("--device 'mps' is not available on this machine: use cpu")
+    if device.type == "cuda":
+        for index in range(gpus) if device.index is None else [device.index]:
+            check_kernels(index)
     return device
+
+
+def check_kernels(index: int) -> None:
+    """UserError for a GPU that PyTorch was not built for; opens nothing on it."""
+    built = torch.cuda.get_arch_list()  # such as sm_80, which runs on 8.6, too, and compute_120
+    kinds = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", name) for name in built]
+    versions = [(kind[1], (int(kind[2]), int(kind[3]))) for kind in kinds if kind]
+    if not versions:  # of another maker
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch says the same in many lines
+        own = torch.cuda.get_device_capability(index)
+    for kind, version in versions:
+        if version <= own and (kind == "compute" or version[0] == own[0]):
+            return
+    gpu = f"GPU {index} ({torch.cuda.get_device_name(index)}, compute capability {own[0]}.{own[1]})"
+    raise UserError(
+        f"PyTorch {torch.__version__} has no kernels for {gpu}, only for {', '.join(built)}: "
+        "install another build (docs/devices.md), hide it by CUDA_VISIBLE_DEVICES, "
+        "or use --device cpu"
+    )
+
+
+def set_backends(tune: bool) -> None:
+    """How GPUs compute in every script: convolutions of float32 in TF32, products in float32.
+
+    `tune` lets cuDNN seek the fastest kernel for each shape, once in each thread.
+    """
+    torch.backends.cudnn.benchmark = tune
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
 def pick_precision(name: str, device: torch.device) -> str:

@@ -229,14 +229,15 @@ def test_no_images() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_gpu_agrees_with_cpu_and_waits_for_nothing(version: str) -> None:
     made, images = recipe(version, 32), pictures(32, 48)
     params = draw(torch.linspace(0.5, 2, 32), made, seeded(6))
     on_device = images.cuda()
     augment(on_device, params, made)  # the first call sets libraries up
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         view = augment(on_device, params, made)
     finally:
         torch.cuda.set_sync_debug_mode("default")

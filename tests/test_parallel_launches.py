@@ -76,6 +76,7 @@ def test_launches_by_environment_and_devices(monkeypatch: pytest.MonkeyPatch) ->
     assert type(parallel.open_launch("cpu")) is parallel.OneDevice
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 6)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", list)
     assert (
         type(parallel.open_launch("auto")) is parallel.Replicas
         and parallel.open_launch("cuda").devices == 6
@@ -116,6 +117,15 @@ def test_one_gpu_needs_no_number(
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     with parallel.OneDevice(torch.device(name)):
         assert found == chosen
+
+
+def test_kernels_are_tuned_only_in_threads_that_stay() -> None:
+    """cuDNN keeps what it finds in each thread, and nn.DataParallel starts new ones each time."""
+    for launch, tuned in ((parallel.OneDevice(), True), (replicas(2), False)):
+        with launch:
+            assert torch.backends.cudnn.benchmark is tuned
+            assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
 
 
 class Untrained:

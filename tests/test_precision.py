@@ -35,6 +35,34 @@ def test_mps_has_no_fp16_here() -> None:
         compute.pick_precision("fp16", torch.device("mps"))
 
 
+@pytest.mark.parametrize(
+    "built, capability, runs",
+    [
+        (["sm_75", "sm_80", "sm_90a"], (6, 1), False),
+        (["sm_75", "sm_80", "sm_90a"], (7, 0), False),
+        (["sm_75", "sm_80", "sm_90a"], (8, 6), True),
+        (["sm_75", "sm_80", "sm_90a"], (9, 0), True),
+        (["sm_75", "sm_80"], (9, 0), False),
+        (["sm_75", "compute_80"], (9, 0), True),
+        (["sm_100", "sm_120"], (12, 0), True),
+        (["gfx90a"], (9, 0), True),  # of another maker
+    ],
+)
+def test_a_gpu_that_pytorch_is_not_built_for_is_refused(
+    built: list[str], capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "TITAN Xp")
+    if runs:
+        assert compute.pick_device("cuda") == torch.device("cuda")
+    else:
+        version = ".".join(map(str, capability))
+        with pytest.raises(UserError, match=f"no kernels for GPU 0 .TITAN Xp, .* {version}"):
+            compute.pick_device("cuda")
+
+
 def overflowing() -> tuple[torch.nn.Linear, torch.optim.SGD, compute.Scaler]:
     torch.manual_seed(0)
     layer = torch.nn.Linear(3, 2)

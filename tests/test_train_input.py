@@ -28,7 +28,7 @@ ROOT = Path(utils.__file__).parent
         (["--momentum=1.5"], ["--momentum: '1.5'"]),
         (["--preset=M7"], ["M7", "M3"]),
         (["--arch=vgg11"], ["vgg11", "resnet50"]),
-        (["--device=cuda"], ["'cuda'", "use another, or cpu"]),
+        (["--device=cuda:99"], ["'cuda:99'", "use another, or cpu"]),
         (["--device=tpu9"], ["tpu9"]),
         (["--resize=12"], ["12", "16"]),
         (["--crop_scale", "0.9", "0.2"], ["crop_scale"]),

@@ -169,3 +169,39 @@ def test_provenance_names_commit_and_versions():
     made_by = utils.provenance()
     assert made_by["torch"] == torch.__version__ and made_by["commit"]
     assert isinstance(made_by["changed"], bool) and os.path.sep not in made_by["commit"]
+
+
+@pytest.mark.parametrize(
+    "error, parts",
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has"),
+            ["out of memory", "20.00 MiB more", "a smaller --batch_size"],
+        ),
+        (RuntimeError("FIND was unable to find an engine to"), ["a smaller --batch_size"]),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), ["a smaller --batch_size"]),
+        (
+            RuntimeError("CUDA error: no kernel image is available for execution on the device"),
+            ["install another build"],
+        ),
+    ],
+)
+def test_what_a_gpu_cannot_do_is_one_line(
+    error: RuntimeError, parts: list[str], capsys: pytest.CaptureFixture
+):
+    def main(argv: list[str]) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        utils.guard(main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert all(part in err for part in parts)
+
+
+def test_a_fault_of_the_code_keeps_its_traceback():
+    def main(argv: list[str]) -> None:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        utils.guard(main)
