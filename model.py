@@ -159,7 +159,9 @@ def unshuffle(x: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """x on a device; the host waits for the copy unless that is a CUDA device."""
-    return x.to(device, non_blocking=device.type == "cuda")
+    if device.type != "cuda" or x.is_cuda:
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 class GroupBatchNorm2d(nn.BatchNorm2d):

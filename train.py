@@ -29,7 +29,7 @@ from config import TrainSettings
 from data import store
 from data.base import Batch, Dataset, height_width
 from evaluation.monitor import Monitor
-from model import MoCo, contrastive_loss
+from model import MoCo, contrastive_loss, to_device
 from parallel import Launch
 from run import checkpoints, compute, resume, setup, splits
 from run.folder import FolderLock, path_of, prepare
@@ -281,7 +281,7 @@ def make_views(
 ) -> list[torch.Tensor]:
     """Random views (n, C, height, width) of a process's images, one for each random stream."""
     return augment.views(
-        batch.images.to(launch.device, non_blocking=launch.device.type == "cuda"),
+        to_device(batch.images, launch.device),
         batch.aspect,
         augment.training_recipe(settings, grid=settings.resize),
         [generator(settings.seed, stream, step) for stream in streams],
