@@ -14,6 +14,7 @@ from pages import read, shell_words
 from PIL import Image
 from scripts import Done, run
 
+import utils
 from data import shapes
 
 
@@ -178,3 +179,29 @@ def test_soak_finds_a_resumed_run_the_same(
     out = capsys.readouterr().out
     assert not stop.value.code and "1 of 1 runs that were killed end bit-identical" in out
     assert sys.modules[soak.__name__] is soak and (tmp_path / "soak" / "result.json").exists()
+
+
+def test_launches_are_counted_in_the_phase_in_which_they_were_made() -> None:
+    launches = load("launches")
+    table = launches.tally(
+        [
+            ("query forward", 0.0, 10.0),
+            ("cudaLaunchKernel", 1.0, 2.0),
+            ("cuLaunchKernelEx", 2.0, 3.0),
+            ("aten::relu", 2.0, 3.0),
+            ("backward", 11.0, 20.0),
+            ("cudaMemcpyAsync", 12.0, 13.0),
+            ("cudaStreamSynchronize", 21.0, 22.0),
+            ("Memcpy HtoD (Pageable -> Device)", 15.0, 16.0),
+            ("void a_kernel()", 4.0, 5.0),
+        ]
+    )
+    assert table["query forward"]["launches"] == 2
+    assert table["backward"]["copies"] == 1
+    assert +table["all else"] == {"waits": 1, "pageable": 1}
+
+
+def test_launches_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(utils.UserError, match="no GPU here"):
+        load("launches").main([])
