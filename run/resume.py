@@ -150,7 +150,12 @@ def check_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> 
             ):
                 odd = f"{tuple(value.shape)} of {value.dtype}"
                 raise ValueError(f"the optimizer's {name} of a weight {tuple(shape)} is {odd}")
-    return {"state": state, "param_groups": own}
+    scaler = saved.get("scaler", {})  # of a loss in fp16
+    if not all(
+        isinstance(value, (int, float)) and 0 <= value < math.inf for value in scaler.values()
+    ):
+        raise ValueError("the scale of the loss is no number")
+    return {**saved, "state": state, "param_groups": own}
 
 
 def _check_tensor(name: str, value: Any) -> None:
