@@ -24,7 +24,6 @@ from survival import (
     run_whole,
     started,
     wait,
-    workers,
     write_data,
 )
 
@@ -63,32 +62,6 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(
     step = checkpoints.load(last(tmp_path))["step"]
     assert f"stopped by signal {int(number)} after step {step}: saved" in out.splitlines()[-1]
     assert 5 <= step < STEPS
-    assert run("train", *flags(data, tmp_path, "--resume")).returncode == 0
-    assert_same(tmp_path, whole)
-
-
-@pytest.mark.parametrize("moment", ["training", "kNN", "first queue"])
-def test_a_signal_ends_a_run_that_waits_for_data(
-    moment: str, data: Path, whole: Path, tmp_path: Path
-) -> None:
-    """The workers hang, as on a file system that has gone; nothing that was trained is lost."""
-    more = ["--knn_every=1", "--knn_images=10", "--log_every=1"] if moment == "kNN" else []
-    command = flags(data, tmp_path, "--num_workers=2", *more)
-    with started(*TRAIN, *command) as process:
-        if moment == "training":
-            wait(process, lambda: rows(tmp_path) >= 1)
-        else:
-            wait(process, lambda: len(workers(process)) == 2)
-        for worker in workers(process):
-            os.kill(worker, signal.SIGSTOP)
-        time.sleep(2.0)
-        process.terminate()
-        out, _ = process.communicate(timeout=50)
-    assert process.returncode == 143 and "Traceback" not in out, out
-    if moment != "training":
-        assert "stopped by signal 15 before the first step" in out, out
-        return
-    assert f"after step {checkpoints.load(last(tmp_path))['step']}: saved" in out, out
     assert run("train", *flags(data, tmp_path, "--resume")).returncode == 0
     assert_same(tmp_path, whole)
 
