@@ -13,7 +13,6 @@ last save was; Ctrl-C and SIGTERM finish the step and save first.
 
 import itertools
 import math
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,9 +92,10 @@ def train(
     batches = read_batches(dataset, batch_indices(settings, len(dataset), done), launch, keeper)
 
     moco.train()
-    untrained = monitor.top1(launch.state_dict(moco.encoder_q)) if monitor and not done else None
+    untrained = keeper.measure_knn(monitor, moco) if monitor and not done else None
     watch = keeper.start(done, monitor, untrained)
     keeper.save_start(done, moco, optimizer)
+    step = done
     for step, batch in enumerate(batches, start=done + 1):
         watch.lap("data")
         lr = learning_rate(settings, epoch=(step - 1) / keeper.steps_per_epoch)
@@ -123,7 +123,7 @@ def train(
         if due.row or due.save:  # only here do numbers leave the device
             keeper.read_means(step)
         if due.row:
-            top1 = monitor.top1(launch.state_dict(moco.encoder_q)) if due.knn else math.nan
+            top1 = keeper.measure_knn(monitor, moco) if due.knn else math.nan
             keeper.write_row(step, lr, top1, keys, moco.queue)
             keeper.show(due, step, batch, [im_q, im_k])
         if due.save:
@@ -131,7 +131,7 @@ def train(
         if due.stop:
             keeper.leave(due, step)
         watch.lap("kNN" if due.knn else "other")
-    keeper.finish()
+    keeper.finish(step, moco, optimizer)
 
 
 # ------------------------------------------------------------------------------- the model
@@ -239,10 +239,8 @@ def fill_queue(
         (im_k,) = make_views(batch, settings, i, launch, streams=("queue",))
         with compute.autocast(settings.precision, launch.device):
             moco.fill_queue(im_k)
-        (stopped,) = launch.largest([keeper.stop.received or 0])
-        if stopped:
-            say(f"stopped by signal {stopped} before the first step: there is nothing to save")
-            sys.exit(128 + stopped)
+        keeper.leave_before_start()
+    keeper.leave_before_start()  # if a signal came while it waited for images
 
 
 # -------------------------------------------------------------------------------- the data
@@ -262,14 +260,15 @@ def batch_indices(settings: TrainSettings, images: int, step: int) -> Iterator[t
 def read_batches(
     dataset: Dataset, batches: Iterator[torch.Tensor], launch: Launch, keeper: Keeper
 ) -> Iterator[Batch]:
-    """This process's rows of batches of indices, read ahead."""
-    return dataloader.iterate(
+    """This process's rows of batches of indices, read ahead; up to a stop signal."""
+    batches = dataloader.iterate(
         dataset,
         (indices[launch.batch_rows] for indices in batches),
         num_workers=keeper.settings.num_workers,
         failures=keeper.failures,
         pin=launch.device.type == "cuda",
     )
+    return keeper.wait_for(batches)
 
 
 def make_views(

@@ -97,6 +97,12 @@ class Dataset(ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def image_bytes(self) -> int:
+        """The bytes of an image as `fetch` gives it, if it is decoded."""
+        height, width = height_width(self.resize if self.size.fit == "square" else self.crop)
+        return self.size.pixels.channels * height * width
+
     @abstractmethod
     def fetch(self, indices: Tensor) -> Batch:
         """The images of some indices (n,), in their order."""

@@ -72,7 +72,7 @@ class Value:
                 or len(text) > 3000
                 or max(map(len, os.fsencode(text).split(b"/"))) > 230
             ):
-                reason = "is not valid: no file can have this name"
+                reason = "is not valid: no file can have this name; use a short one"
                 raise argparse.ArgumentTypeError(f"{text[:60]!r} {reason}")
             return text
         with contextlib.suppress(ValueError, OverflowError):

@@ -1,8 +1,10 @@
 """What goes on beside the training: rows of the log, checkpoints, stops, and the last words."""
 
+import contextlib
 import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from run.checkpoints import Saver
 from run.compute import Scaler, precision_dtype
 from run.log import COLUMNS, Log
 from run.meters import Meter, Stopwatch, effective_rank, peak_memory_mb, uniformity
-from run.signals import StopSignal
+from run.signals import Stopped, StopSignal
 from utils import UserError, duration, say, warn
 
 
@@ -47,7 +49,7 @@ class Keeper:
         self.settings, self.launch, self.folder, self.images = settings, launch, folder, images
         self.steps_per_epoch = images // settings.batch_size
         self.steps = settings.max_epoch * self.steps_per_epoch
-        self.stop = StopSignal()
+        self.stop = StopSignal(alone=launch.processes == 1)
         self.failures = Failures(images, folder / "unreadable.txt" if launch.rank == 0 else None)
         dtype = precision_dtype(settings.precision)
         self.meter = Meter(launch, dtype, settings.batch_size, settings.temperature)
@@ -181,7 +183,7 @@ class Keeper:
             std=self.settings.std,
         )
         self.board.figure("views", view_figures.views_figure(data), step)
-        if not due.knn:
+        if not due.knn or self.stop.received:  # which may have cut the kNN short
             return
         bank, queries = self.monitor.bank, self.monitor.queries
         k = min(6, len(bank))
@@ -217,8 +219,42 @@ class Keeper:
             say(f"stopped by signal {due.stop} after step {step}: saved; continue with --resume")
             sys.exit(128 + due.stop)
 
-    def finish(self) -> None:
-        """Draw the loss, say where the time went and where everything is."""
+    def wait_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, up to a stop signal that comes while the run waits for one."""
+        with contextlib.suppress(Stopped):
+            while True:
+                with self.stop.at_once():
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                yield batch
+
+    def measure_knn(self, monitor: Monitor, moco: torch.nn.Module) -> float:
+        """kNN accuracy of the query encoder in percent; nan if a stop signal cuts it short."""
+        state = self.launch.state_dict(moco.encoder_q)
+        with contextlib.suppress(Stopped), self.stop.at_once():
+            return monitor.top1(state)
+        return math.nan
+
+    def leave_before_start(self) -> None:
+        """Stop as a signal asks, while the first queue is filled."""
+        (stopped,) = self.launch.largest([self.stop.received or 0])
+        if stopped:
+            say(f"stopped by signal {stopped} before the first step: there is nothing to save")
+            sys.exit(128 + stopped)
+
+    def finish(self, step: int, moco: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Draw the loss, say where the time went and where everything is.
+
+        A run that `wait_for` ended before its last step is saved, and stops.
+        """
+        if step == 0:
+            self.leave_before_start()
+        if step < self.steps:
+            due = Due(row=False, knn=False, keep=False, save=True, stop=self.stop.received)
+            self.read_means(step)
+            self.save(due, step, moco, optimizer)
+            self.leave(due, step)
         if self.launch.rank != 0:
             return
         if self.board is not None:

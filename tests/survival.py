@@ -102,3 +102,9 @@ def wait(process: subprocess.Popen, ready: Callable[[], object]) -> None:
 def children(process: subprocess.Popen) -> list[int]:
     text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
     return [int(number) for number in text.split()]
+
+
+def workers(process: subprocess.Popen) -> list[int]:
+    """Those of its children that decode images: others run git."""
+    commands = {n: Path(f"/proc/{n}/cmdline").read_bytes() for n in children(process)}
+    return [number for number, command in commands.items() if b".py\0" in command]

@@ -1,14 +1,30 @@
 """What a run survives: disks that are full, stay full or take nothing, and lost messages."""
 
+import contextlib
 import os
 import resource
+import shlex
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from scripts import assert_last_line_is_error, assert_one_line_error, run
-from survival import ROOT, TRAIN, assert_same, flags, home, last, run_whole, write_data
+from survival import (
+    ROOT,
+    TRAIN,
+    assert_same,
+    flags,
+    home,
+    last,
+    run_whole,
+    started,
+    wait,
+    workers,
+    write_data,
+)
 
 from run import checkpoints
 from run.log import Lines
@@ -117,6 +133,33 @@ def test_rows_of_the_log_wait_for_room(disk: SmallDisk, capsys: pytest.CaptureFi
     disk.free()
     lines.append("four")
     assert (disk.folder / "log").read_text().splitlines() == ["one", *long, "four"]
+
+
+@pytest.mark.parametrize("script", ["train", "test"])
+def test_shared_memory_that_fills_up_is_one_line(script: str, data: Path, tmp_path: Path) -> None:
+    """Somebody else fills /dev/shm; here one of 2 MB, which only this run sees."""
+    mount = "mount -t tmpfs -o size=2m none /dev/shm && "
+    if subprocess.run(["unshare", "-m", "bash", "-c", mount + "true"]).returncode:
+        pytest.skip("a file system can be mounted by root alone")
+    base = flags(data, tmp_path, "--num_workers=1", "--log_every=1")
+    command = [*TRAIN, *base, "--resize=64", "--max_epoch=10000"]
+    if script == "test":
+        assert run("train", *flags(data, tmp_path, "--max_epoch=1")).returncode == 0
+        command = [sys.executable, "test.py", f"--dataset_root={data}", "--num_workers=1"]
+        command += [f"--encoder_output_root={tmp_path}", "--protocol=original", "--trials=1"]
+        command += ["--linear_epochs=10000", "--linear_batch_size=16"]
+    shell = ["unshare", "-m", "bash", "-c", f"{mount}exec {shlex.join(command)}"]
+    with started(*shell) as process:
+        wait(process, lambda: workers(process))
+        filler = Path(f"/proc/{process.pid}/root/dev/shm/filler")
+        while process.poll() is None:
+            time.sleep(0.01)
+            with contextlib.suppress(OSError), open(filler, "ab") as file:  # it is full, or gone
+                file.write(bytes(2**20))
+        said, _ = process.communicate(timeout=60)
+    error = said.splitlines()[-1]
+    assert process.returncode == 2 and "Traceback" not in said, said
+    assert error.startswith("error: /dev/shm is full") and "--shm-size" in error, said
 
 
 def test_a_disk_that_takes_nothing_is_one_line(data: Path) -> None:
