@@ -14,6 +14,7 @@ that load it. --features writes OUT.npy, float32 (n, D), and OUT.csv, with the p
 
 import pickle
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ import encoders
 import parallel
 from config import ExportSettings, TrainSettings
 from data.base import Size, height_width, in_px
-from data.folders import FolderImages, image_files
+from data.folders import FolderImages, image_files, tell_skipped
 from evaluation import embed
 from evaluation.features import Extractor
 from utils import UserError, atomic_write, check_replaceable, guard, say
@@ -93,7 +94,9 @@ def export_features(settings: ExportSettings, loaded: encoders.LoadedEncoder, ou
 
 def open_images(root: str, size: Size) -> FolderImages:
     """All images below a folder, or one file; UserError if there are none."""
-    paths = [root] if Path(root).is_file() else list(image_files(Path(root)))
+    skipped: Counter[str] = Counter()
+    paths = [root] if Path(root).is_file() else list(image_files(Path(root), skipped))
+    tell_skipped(Path(root), skipped)
     if not paths:
         raise UserError(f"{root!r} has no images")
     return FolderImages(paths, [-1] * len(paths), [], size)

@@ -270,12 +270,14 @@ def read_csv(path: str | Path, needed: Iterable[str] = ()) -> dict[str, list[flo
     """
     try:
         whole = Path(path).read_bytes().rpartition(b"\n")[0].decode()
-        header, *rows = list(csv.reader(whole.splitlines())) or [[]]
+        header, *rows = list(csv.reader(io.StringIO(whole, newline=""))) or [[]]
         rows = [list(map(float, row)) for row in rows if len(row) == len(header)]
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from None
     except (ValueError, csv.Error) as error:
         raise UserError(f"{str(path)!r} is damaged: {error}: move it away") from None
+    if repeated := [name for name in header if header.count(name) > 1]:
+        raise UserError(f"{str(path)!r} is damaged: column {repeated[0]!r} is there twice")
     if missing := [name for name in needed if name not in header]:
         absent = ", ".join(missing)
         raise UserError(f"{str(path)!r} is damaged: it has no column {absent}: move it away")

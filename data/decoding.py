@@ -16,7 +16,10 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLESPERPIXEL
 from data.base import Pixels, Size, height_width
 from utils import UserError, say
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".npy")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
+EXTENSIONS += (".npy",)
+MEGAPIXELS = 1000  # of the largest image that is read
+Image.MAX_IMAGE_PIXELS = MEGAPIXELS * 10**6 // 2  # Pillow refuses more than twice this
 LOOKED_AT = 100  # files, before the work
 EXIF_ORIENTATION = 0x0112
 EXIF_TURNS = {  # what brings a photograph upright
@@ -140,6 +143,20 @@ def open_image(path: str, channels: int) -> Iterator[tuple[Image.Image | np.ndar
                 yield _bands(np.asarray(image), channels), orientation
             else:
                 yield image, orientation
+
+
+def describe_failure(path: str) -> str:
+    """Why a file cannot be read, as far as that is known."""
+    if not os.path.lexists(path):
+        return "is no longer there"
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            Image.open(file)
+    except Image.DecompressionBombError:
+        return f"has more than {MEGAPIXELS:,} megapixels (cut it into several)"
+    except Exception:  # whatever a decoder raises
+        return "cannot be read as an image"
+    return "cannot be read as an image"
 
 
 def _open_at_once(path: str, flags: int) -> int:

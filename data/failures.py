@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from data.decoding import describe_failure
 from parallel import Launch
 from run.log import Lines
 from utils import UserError, warn
@@ -36,9 +37,10 @@ class Failures:
                     self._name(path)
         share = 100 * len(self.paths) / self.total
         if share > 1:
+            first = next(iter(self.paths))
             raise UserError(
-                f"{len(self.paths)} of {self.total} images ({share:.1f} %) cannot be read, "
-                f"first {next(iter(self.paths))!r}: remove or repair them (1 % are allowed)"
+                f"{len(self.paths)} of {self.total} images ({share:.1f} %) cannot be read: mend "
+                f"or remove them (1 % are allowed); the first, {first!r}, {describe_failure(first)}"
             )
 
     def share(self, launch: Launch) -> None:
@@ -50,5 +52,4 @@ class Failures:
     def _name(self, path: str) -> None:
         if len(self.paths) <= NAMED:
             more = "; further ones are not shown" if len(self.paths) == NAMED else ""
-            text = f"{path!r} cannot be read as an image: {self.fate}{more}"
-            warn(text, everywhere=True)
+            warn(f"{path!r} {describe_failure(path)}: {self.fate}{more}", everywhere=True)

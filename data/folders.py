@@ -1,6 +1,7 @@
 """Image files: in class folders, alone or in train/ and val/ (or test/), or all in one folder."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from data.decoding import EXTENSIONS, decode, look
 from utils import UserError, progress, say, warn
 
 NAME = "folders"
+TEST_FOLDERS = ("val", "valid", "validation", "test")  # beside train/; the first that is there
 
 
 class FolderImages(Dataset):
@@ -22,6 +24,7 @@ class FolderImages(Dataset):
 
     def __init__(self, paths: list[str], labels: list[int], classes: list[str], size: Size) -> None:
         largest, size = look(paths, size) if size.pixels else (None, size)
+        classes = [os.fsencode(name).decode(errors="backslashreplace") for name in classes]
         super().__init__(NAME, torch.tensor(labels), classes, size, largest=largest)
         self.paths = Paths(paths)
 
@@ -72,25 +75,54 @@ def open_split(root: str, split: str, size: Size) -> FolderImages:
         folder = _evaluation_folder(folder, split)
     elif _has_splits(folder):
         folder = folder / "train"
-    found = {part: list(image_files(part)) for part in progress(class_folders(folder), "listing")}
-    empty = [part.name for part, paths in found.items() if not paths]
-    if split == "pretrain" and not any(found.values()):  # no classes
-        loose = list(image_files(folder))
-        if not loose:
-            raise UserError(f"{str(folder)!r} has no images")
-        say(f"data: {folder} has no class folders: its {len(loose):,} images have no labels")
-        return FolderImages(loose, [-1] * len(loose), [], size)
+    skipped: Counter[str] = Counter()
+    parts = progress(class_folders(folder), "listing")
+    found = {part.name: list(image_files(part, skipped)) for part in parts}
+    if split == "pretrain" and not any(found.values()):
+        return _open_loose(folder, size)
     if not found:
         raise UserError(f"{str(folder)!r} has no class folders: put its images into some")
-    if empty and split != "pretrain":
-        empty = str(folder / empty[0])
-        raise UserError(f"the class folder {empty!r} has no images: remove it, or fill it")
-    if empty:
-        warn(f"folders in {str(folder)!r} without images are left out: {', '.join(empty[:5])}")
-    found = {part: paths for part, paths in found.items() if paths}
-    paths = [path for part in found.values() for path in part]
-    labels = [label for label, part in enumerate(found.values()) for _ in part]
-    return FolderImages(paths, labels, [part.name for part in found], size)
+    tell_skipped(folder, skipped)
+    filled = [name for name, paths in found.items() if paths]
+    classes = filled
+    if split == "test":
+        classes = _filled(folder.parent / "train")
+        _compare(folder, filled, classes)
+    elif empty := [name for name in found if name not in filled]:
+        warn(f"folders in {str(folder)!r} without images are left out: {_some(empty)}")
+    if not filled:
+        raise UserError(f"the class folders in {str(folder)!r} have no images")
+    paths = [path for name in filled for path in found[name]]
+    labels = [label for label, name in enumerate(classes) for _ in found.get(name, [])]
+    return FolderImages(paths, labels, classes, size)
+
+
+def _open_loose(folder: Path, size: Size) -> FolderImages:
+    """Images without classes, all below one folder."""
+    skipped: Counter[str] = Counter()
+    paths = list(image_files(folder, skipped))
+    tell_skipped(folder, skipped)
+    if not paths:
+        raise UserError(f"{str(folder)!r} has no images")
+    say(f"data: {folder} has no class folders: its {len(paths):,} images have no labels")
+    return FolderImages(paths, [-1] * len(paths), [], size)
+
+
+def _filled(folder: Path) -> list[str]:
+    """The names of the class folders that have images."""
+    return [part.name for part in class_folders(folder) if next(image_files(part), None)]
+
+
+def _compare(folder: Path, found: list[str], classes: list[str]) -> None:
+    """Hold the classes of the test images against those of train/; UserError for new ones."""
+    if new := sorted(set(found) - set(classes)):
+        raise UserError(f"{str(folder)!r} has classes of which train/ has no images: {_some(new)}")
+    if missing := sorted(set(classes) - set(found)):
+        warn(f"{str(folder)!r} has no images of some classes, which go untested: {_some(missing)}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def class_folders(root: str | Path) -> list[Path]:
@@ -102,8 +134,11 @@ def class_folders(root: str | Path) -> list[Path]:
     return sorted(folder for folder in folders if not folder.name.startswith("."))
 
 
-def image_files(folder: Path) -> Iterator[str]:
-    """All images below a folder, sorted; links are followed, but no folder is entered twice."""
+def image_files(folder: Path, skipped: Counter[str] | None = None) -> Iterator[str]:
+    """All images below a folder, sorted; links are followed, but no folder is entered twice.
+
+    `skipped` counts other files by their ending.
+    """
     seen = set()
     for where, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(where)
@@ -113,32 +148,41 @@ def image_files(folder: Path) -> Iterator[str]:
             continue
         seen.add(real)
         for name in sorted(files):
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(EXTENSIONS):
                 yield os.path.join(where, name)
+            elif skipped is not None:
+                skipped[os.path.splitext(name)[1].lower() or "no ending"] += 1
+
+
+def tell_skipped(folder: Path, skipped: Counter[str]) -> None:
+    if skipped:
+        kinds = ", ".join(f"{count:,} {ending}" for ending, count in skipped.most_common(5))
+        say(f"data: {folder}: files that are not read, by their ending: {kinds}")
 
 
 def _has_splits(root: Path) -> bool:
     """Whether train/ is a split; it may be a class of this name."""
     train = root / "train"
-    return train.is_dir() and (_test_folder(root) is not None or bool(class_folders(train)))
+    return train.is_dir() and (bool(_test_folders(root)) or bool(class_folders(train)))
 
 
-def _test_folder(root: Path) -> Path | None:
-    return next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+def _test_folders(root: Path) -> list[Path]:
+    return [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
 
 
 def _evaluation_folder(root: Path, split: str) -> Path:
-    """train/, or val/ or test/; UserError unless both are there, with the same classes."""
-    train, test = root / "train", _test_folder(root)
-    if test is None or not train.is_dir():
+    """train/, or the folder of the test images; UserError unless both are there."""
+    train, tests = root / "train", _test_folders(root)
+    if not tests or not train.is_dir():
         raise UserError(
             f"--dataset_root {str(root)!r}: an evaluation needs train/ and val/ (or test/) "
             "with class folders, and not both are there"
         )
-    names, test_names = ({path.name for path in class_folders(part)} for part in (train, test))
-    if names and test_names and names != test_names:
-        raise UserError(
-            f"train/ and {test.name}/ in {str(root)!r} have different classes: "
-            f"only one of them has {', '.join(sorted(names ^ test_names)[:5])}"
-        )
-    return test if split == "test" else train
+    if split == "train":
+        return train
+    if len(tests) > 1:
+        names = " and ".join(f"{path.name}/" for path in tests)
+        say(f"data: {root} has {names}: {tests[0].name}/ is used")
+    return tests[0]

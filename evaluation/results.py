@@ -161,8 +161,8 @@ def save(evaluation: Evaluation, parts: list[Classifiers]) -> None:
         for epoch, top1 in enumerate(curve, 1)
     ]
     utils.write_csv(folder / "accuracy.csv", ["epoch", "trial", "top1"], rows)
-    header = [f"predicted_{c}" for c in range(result["classes"])]
-    utils.write_csv(folder / "confusion.csv", header, evaluation.confusion.tolist())
+    counts = evaluation.confusion.tolist()
+    utils.write_csv(folder / "confusion.csv", result["class_names"], counts)
     content = {
         "weight": torch.cat([part.weight for part in parts]),  # (trials, C, D)
         "bias": torch.cat([part.bias for part in parts]),  # (trials, C)

@@ -31,6 +31,8 @@ def confusion_figure(confusion: ArrayLike, result: Mapping[str, Any]) -> Figure:
         names = [style.shorten(name, 16) for name in result["class_names"]]
         look = {"fontsize": 9 if classes <= 20 else 6, "parse_math": False}
         axes.set_xticks(range(classes), names, rotation=90 if classes > 3 else 0, **look)
+        tested = counts.any(axis=1)
+        names = [name if tested[c] else f"{name} (none)" for c, name in enumerate(names)]
         axes.set_yticks(range(classes), names, **look)
     axes.set(xlabel="predicted class", ylabel="true class")
     title = f"{result['arch']} on {style.title_of(result['dataset'])}: share of the true class (%)"

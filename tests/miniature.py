@@ -1,6 +1,7 @@
 """Miniature data sets in the official formats, and files that are broken, for the tests."""
 
 import gzip
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,12 @@ def write_plain(root: Path, count: int, size: int = 20) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((size, size, 3), i % 251, np.uint8)).save(path)
     return paths
+
+
+def enlarge_header(png: bytes) -> bytes:
+    """A PNG that claims to have 50,000 x 50,000 px."""
+    header = b"IHDR" + (50_000).to_bytes(4, "big") * 2 + png[24:29]
+    return png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
 
 
 def damage(path: Path, how: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from miniature import (
     damage,
+    enlarge_header,
     open_center,
     open_square,
     pixels,
@@ -18,6 +19,7 @@ from miniature import (
 )
 from PIL import Image
 
+from data.failures import Failures
 from utils import UserError
 
 
@@ -49,30 +51,100 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_an_evaluation_needs_two_folders_with_the_same_classes(tmp_path: Path, split: str) -> None:
+def test_an_evaluation_needs_two_folders(tmp_path: Path, split: str) -> None:
     write_folders(tmp_path, classes=2, train=2, test=2)
     with pytest.raises(UserError, match="needs train/ and val/"):
         open_center(tmp_path / "train", split)
-    (tmp_path / "val" / "class1").rename(tmp_path / "val" / "klass1")
-    with pytest.raises(UserError, match="different classes.*class1, klass1"):
-        open_center(tmp_path, split)
-    assert len(open_square(tmp_path)) == 4  # pretraining does not look at val/
-    (tmp_path / "val").rename(tmp_path / "validation")
+    (tmp_path / "val").rename(tmp_path / "check")
+    assert len(open_square(tmp_path)) == 4  # pretraining needs train/ alone
     with pytest.raises(UserError, match=r"needs train/ and val/ \(or test/\)"):
         open_center(tmp_path, split)
 
 
-def test_a_folder_without_images_is_left_out_of_pretraining(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize("how", ["absent", "empty"])
+def test_a_class_without_test_images_goes_untested(
+    tmp_path: Path, how: str, capsys: pytest.CaptureFixture
+) -> None:
+    write_folders(tmp_path, classes=3, train=2, test=1)
+    (tmp_path / "val" / "class1" / "000.png").unlink()
+    if how == "absent":
+        (tmp_path / "val" / "class1").rmdir()
+    train, test = open_center(tmp_path, "train"), open_center(tmp_path, "test")
+    assert train.classes == test.classes == ["class0", "class1", "class2"]
+    assert test.labels.tolist() == [0, 2] and names(test, tmp_path)[1] == "val/class2/000.png"
+    assert (
+        "val' has no images of some classes, which go untested: class1" in capsys.readouterr().err
+    )
+
+
+def test_a_class_without_training_images_is_none(tmp_path: Path) -> None:
+    write_folders(tmp_path, classes=2, train=1, test=1)
+    (tmp_path / "val" / "class1").rename(tmp_path / "val" / "klass1")
+    with pytest.raises(UserError, match="classes of which train/ has no images: klass1"):
+        open_center(tmp_path, "test")
+    (tmp_path / "val" / "klass1").rename(tmp_path / "val" / "class1")
+    (tmp_path / "train" / "class1" / "000.png").unlink()
+    assert open_center(tmp_path, "train").classes == ["class0"]
+    with pytest.raises(UserError, match="classes of which train/ has no images: class1"):
+        open_center(tmp_path, "test")
+    (tmp_path / "train" / "class0" / "000.png").unlink()
+    with pytest.raises(UserError, match="the class folders in .*train' have no images"):
+        open_center(tmp_path, "train")
+
+
+@pytest.mark.parametrize("split", ["pretrain", "train", "test"])
+def test_a_folder_without_images_is_no_class(
+    tmp_path: Path, split: str, capsys: pytest.CaptureFixture
 ) -> None:
     write_folders(tmp_path, classes=2, train=1, test=1)
-    for split in ("train", "val"):
-        (tmp_path / split / "__MACOSX").mkdir()
-    images = open_square(tmp_path)
+    for part in ("train", "val"):
+        (tmp_path / part / "__MACOSX").mkdir()
+    images = open_square(tmp_path) if split == "pretrain" else open_center(tmp_path, split)
     assert images.classes == ["class0", "class1"] and images.labels.tolist() == [0, 1]
-    assert "without images are left out: __MACOSX" in capsys.readouterr().err
-    with pytest.raises(UserError, match="train/__MACOSX' has no images"):
-        open_center(tmp_path, "train")
+    left_out = "without images are left out: __MACOSX" in capsys.readouterr().err
+    assert left_out == (split != "test")  # where it is said of train/
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_which_of_several_test_folders_is_used_is_said(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture
+) -> None:
+    write_folders(tmp_path, classes=2, train=1, test=1)
+    (tmp_path / "val").rename(tmp_path / name)
+    open_center(tmp_path, "test")
+    assert "is used" not in capsys.readouterr().out
+    (tmp_path / "test").mkdir(exist_ok=True)
+    test = open_center(tmp_path, "test")
+    assert names(test, tmp_path)[0] == f"{name}/class0/000.png"
+    said = f"has {name}/ and test/: {name}/ is used" in capsys.readouterr().out
+    assert said == (name != "test")
+
+
+def test_other_endings_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_folders(tmp_path, classes=2, train=1, test=1)
+    for path in ("class0/a.gif", "class0/b.GIF", "class1/c.heic", "class1/README", "class1/.d"):
+        (tmp_path / "train" / path).write_bytes(b"x")
+    assert len(open_square(tmp_path)) == 2
+    said = capsys.readouterr().out
+    assert "not read, by their ending: 2 .gif, 1 no ending, 1 .heic\n" in said
+    open_center(tmp_path, "test")
+    assert "ending" not in capsys.readouterr().out
+
+
+def test_why_a_file_cannot_be_read(tmp_path: Path) -> None:
+    write_class(tmp_path, ("whole.png", smooth(20, 20)))
+    vast = enlarge_header((tmp_path / "one" / "whole.png").read_bytes())
+    for name, content, reason in (
+        ("vast.png", vast, "has more than 1,000 megapixels"),
+        ("text.png", b"no image", "cannot be read as an image"),
+        ("gone.png", None, "is no longer there"),
+    ):
+        path = tmp_path / name
+        if content:
+            path.write_bytes(content)
+        failures = Failures(total=1)
+        with pytest.raises(UserError, match=f"the first, .*{name}', {reason}"):
+            failures.add([str(path)])
 
 
 def test_a_folder_without_classes_is_for_pretraining(

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -201,18 +202,26 @@ def test_a_run_that_diverged_is_said(place: Path) -> None:
     assert not (place / "diverged" / "IMAGENET-64" / "v1" / "eval").exists()
 
 
-def test_classes_that_do_not_fit_are_one_line(place: Path, tmp_path: Path) -> None:
-    class_folders(tmp_path / "a", seed=0, per_class=4)
-    class_folders(tmp_path / "b", seed=0, per_class=4)
-    (tmp_path / "a" / "test" / "class2").rename(tmp_path / "a" / "test" / "other")
-    for path in (tmp_path / "b" / "train" / "class1").iterdir():
-        path.unlink()
-    for name, words in (
-        ("a", "different classes: only one of them has class2, other"),
-        ("b", "class1' has no images"),
-    ):
-        done = run("test", *flags_of(place), f"--dataset_root={tmp_path / name}")
-        assert one_line(done, words), done.stderr
+def test_classes_that_train_has_not_are_one_line(place: Path, tmp_path: Path) -> None:
+    class_folders(tmp_path, seed=0, per_class=4)
+    (tmp_path / "test" / "class2").rename(tmp_path / "test" / "other")
+    done = run("test", *flags_of(place), f"--dataset_root={tmp_path}")
+    assert one_line(done, "has classes of which train/ has no images: other"), done.stderr
+
+
+def test_a_class_without_test_images_is_none(place: Path, tmp_path: Path) -> None:
+    """From the folder to the report: the other classes are measured."""
+    class_folders(tmp_path / "data", seed=0, per_class=4)
+    shutil.rmtree(tmp_path / "data" / "test" / "class1")
+    fabricated_run(tmp_path / "output", "v1", epochs=(1,))
+    flags = flags_of(tmp_path)
+    done = run("test", *flags)
+    assert done.returncode == 0 and "which go untested: class1" in done.stderr, done.stderr
+    (result,) = tmp_path.glob("output/*/*/eval/epoch_*/result.json")
+    per_class = json.loads(result.read_text())["per_class_top1"]
+    assert per_class[1] is None and None not in (per_class[0], per_class[2])
+    drawn = run("visualize", *flags, "--report", f"--result_path={tmp_path / 'figures'}")
+    assert drawn.returncode == 0, drawn.stderr
 
 
 def test_a_protocol_that_takes_long_names_the_command_of_the_untrained_encoder(place: Path) -> None:
