@@ -102,14 +102,13 @@ class TrainSettings:
     sgd_momentum: float = OPTIM("momentum of SGD", 0, 1)
     weight_decay: float = OPTIM("weight decay; with adamw not of biases and norms")
 
-    device: str = RUN(
-        "auto, cpu, cuda, cuda:N or mps; auto: the fastest there is", trait=MAY_CHANGE
-    )
+    device: str = RUN("auto (the fastest there is), cpu, cuda, cuda:N or mps", trait=MAY_CHANGE)
     precision: Precision = RUN("auto: bf16, or fp16, where the hardware computes in it, else fp32")
     compile: bool = RUN("compile the encoders with torch.compile", trait=MAY_CHANGE)
     seed: int = RUN("same seed, same curve")
     log_every: int = RUN("steps between rows of log.csv", 1, trait=MAY_CHANGE)
-    save_weight_epoch: int = RUN("epochs between checkpoints that are kept", 1, trait=MAY_CHANGE)
+    save_weight_epoch: int = RUN("epochs between checkpoints of their own", 1, trait=MAY_CHANGE)
+    keep: int | None = RUN("of those, the newest that stay; null: all", 1, trait=MAY_CHANGE)
     save_every_minutes: float = RUN("minutes between saves of last.pth.tar", trait=MAY_CHANGE)
     knn_every: int = RUN("epochs between kNN accuracies in the log; 0: none", trait=MAY_CHANGE)
     knn_root: str | None = RUN("labelled images for them; null: the training's", trait=PER_MACHINE)

@@ -227,10 +227,23 @@ def check_replaceable(path: str | Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Let the names in a folder outlive a power cut."""
-    number = os.open(folder, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # some file systems cannot, and need not
-        os.fsync(number)
-    os.close(number)
+    with contextlib.suppress(OSError):  # some systems cannot, and need not
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def link(path: Path, other: Path) -> None:
+    """Give a file a second name, whoever had it before; OSError where there are no links."""
+    temporary = other.parent / f".{other.name}.{secrets.token_hex(4)}.tmp"
+    os.link(path, temporary)
+    try:
+        os.replace(temporary, other)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(other.parent)
 
 
 def check_writable(folder: Path, flag: str) -> None:

@@ -53,7 +53,9 @@ def load_subject(settings: TestSettings) -> Subject:
             found = f"the run started from {training.init}, not from random weights"
     else:
         encoder, checkpoint = loaded.encoder, loaded.checkpoint
-        stem = name_result(path, checkpoint, training.batch_size, foreign)
+        stem = name_result(path, checkpoint, known)
+        if known and foreign:
+            stem = f"{known.dataset_name}-{known.exp_version}-{stem}"
         if not known:
             guess = f"crop {in_px(crop)}, ImageNet's mean and deviation"
             found = f"{loaded.description}; it does not say its settings: {guess}"
@@ -117,11 +119,11 @@ def first_encoder(settings: TrainSettings, folder: Path) -> nn.Module:
     return encoders.remove_head(encoders.build_untrained(settings))
 
 
-def name_result(path: Path, checkpoint: dict[str, Any], batch_size: int, foreign: bool) -> str:
-    """epoch_0100, or step_012345 of a checkpoint between two epochs; the name of a foreign file."""
+def name_result(path: Path, checkpoint: dict[str, Any], known: TrainSettings | None) -> str:
+    """epoch_0100, or step_012345 of a checkpoint between two epochs; of other files their name."""
     epoch, step, images = (checkpoint.get(name) for name in ("epoch", "step", "images"))
-    if foreign or epoch is None:
+    if known is None or epoch is None:
         return re.sub(r"(\.(pth|pt|tar))+$", "", path.name)
-    if step and images and step % max(1, images // batch_size):
+    if step and images and step % max(1, images // known.batch_size):
         return f"step_{step:06d}"
     return f"epoch_{epoch:04d}"

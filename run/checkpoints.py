@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, verified when read, never executed."""
 
+import contextlib
 import pickle
 import re
 import time
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from run.log import Log
-from utils import UserError, atomic_write, duration, warn
+from utils import UserError, atomic_write, duration, link, warn
 
 FORMAT = 1
 TYPES = {"format": int, "epoch": int, "step": int, "arch": str, "config": dict, "images": int}
@@ -80,9 +81,11 @@ def path_of(folder: Path, epoch: int | None) -> Path:
         runs = sorted({p.parents[1].name for p in folder.parent.glob("*/checkpoints/*.pth.tar")})
         there = f"runs there: {', '.join(runs)}" if runs else "train one with train.py"
         raise UserError(f"there is no run {str(folder)!r}: {there}")
-    missing = "last checkpoint" if epoch is None else f"checkpoint of epoch {epoch}"
     epochs = ", ".join(map(str, _epochs(folder)))
-    there = f"epochs {epochs}" if epochs else "none"
+    if not epochs and not _path(folder, None).exists():
+        raise UserError(f"{str(folder)!r} has no checkpoints yet: train the run with train.py")
+    missing = "last checkpoint" if epoch is None else f"checkpoint of epoch {epoch}"
+    there = f"epochs {epochs}" if epochs else "the last one alone"
     raise UserError(f"{str(folder)!r} has no {missing}: it has {there}")
 
 
@@ -128,11 +131,21 @@ def describe_last(folder: Path) -> str:
 
 
 class Saver:
-    """Saves a run's checkpoints, each after the log; `step` is that of the last one, or None."""
+    """Saves a run's checkpoints, each after the log; `step` is that of the last one, or None.
 
-    def __init__(self, folder: Path, log: Log, every_minutes: float, step: int | None) -> None:
+    Of those of epochs it keeps the newest `keep` (None: all), and epoch 0.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        log: Log,
+        every_minutes: float,
+        step: int | None,
+        keep: int | None = None,
+    ) -> None:
         self.folder, self.log, self.every_minutes = folder, log, every_minutes
-        self.step = step
+        self.step, self.keep = step, keep
         self.failed = False  # whether the last try did
 
     def save(
@@ -150,13 +163,26 @@ class Saver:
             time.sleep(next_try_s)
             self._try(content, epoch, next_try_s)
 
+    def _remove_older(self) -> None:
+        kept = [epoch for epoch in _epochs(self.folder) if epoch]  # not what --init started from
+        for epoch in kept[: -self.keep] if self.keep else ():
+            with contextlib.suppress(OSError):  # the next save tries again
+                _path(self.folder, epoch).unlink()
+
     def _try(self, content: dict[str, Any], epoch: int | None, next_try_s: float) -> None:
         try:
             self.log.flush(to_disk=True)  # no checkpoint is of a step that the log does not have
-            if epoch is not None:
+            last = _path(self.folder, None)
+            if epoch is None:
+                save(last, content)
+            else:
                 save(_path(self.folder, epoch), content)
-            save(_path(self.folder, None), content)
+                try:
+                    link(_path(self.folder, epoch), last)
+                except OSError:  # not every file system has links
+                    save(last, content)
             self.step, self.failed = content["step"], False
+            self._remove_older()
         except UserError as error:
             good = "there is no checkpoint yet"
             if self.step is not None:

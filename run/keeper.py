@@ -66,8 +66,8 @@ class Keeper:
         self.monitor = monitor
         if self.launch.rank == 0:
             self.log = Log(self.folder / "log.csv", COLUMNS, step)
-            minutes = self.settings.save_every_minutes
-            self.saver = Saver(self.folder, self.log, minutes, step or None)
+            minutes, keep = self.settings.save_every_minutes, self.settings.keep
+            self.saver = Saver(self.folder, self.log, minutes, step or None, keep)
             if self.settings.tensorboard:
                 self.board = Board(self.folder, step)
             config.write(self.folder / "config.yaml", self.settings)

@@ -42,11 +42,16 @@ def uniformity(keys: Tensor) -> Tensor:
 def effective_rank(queue: Tensor) -> Tensor:
     """exp of the entropy of the normalised singular values of keys (C, K): a scalar.
 
-    From 1, if all keys are along one direction, to C (Roy and Vetterli 2007).
+    From 1, if all keys are along one direction, to C (Roy and Vetterli 2007). nan if the keys are
+    such that it cannot be computed.
     """
     if queue.device.type != "mps":  # which has no float64
         queue = queue.double()
-    singular = torch.linalg.eigvalsh((queue @ queue.T).cpu()).clamp_min(0).sqrt()  # C x C is small
+    try:
+        singular = torch.linalg.eigvalsh((queue @ queue.T).cpu())  # C x C is small
+    except torch.linalg.LinAlgError:
+        return queue.new_tensor(math.nan)
+    singular = singular.clamp_min(0).sqrt()
     return torch.special.entr(singular / singular.sum()).sum().exp()
 
 

@@ -82,9 +82,21 @@ def test_a_checkpoint_file(place: Path) -> None:
     flags = flags_of(place, output="elsewhere/output")
     done = run("test", *flags, f"--pretrained={file}")
     assert done.returncode == 0, done.stderr
-    assert (place / "elsewhere" / "output" / "eval" / "mine" / "result.json").exists()
+    results = place / "elsewhere" / "output" / "eval"
+    assert [path.name for path in results.iterdir()] == ["IMAGENET-64-v1-epoch_0001"]
     done = run("test", *flags, f"--pretrained={file.rename(file.parent / 'b' / file.name)}")
     assert one_line(done, "holds the result of"), done.stderr
+
+
+def test_last_checkpoints_of_two_runs_have_two_results(place: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        fabricated_run(tmp_path, name, epochs=(1,))
+        file = tmp_path / "IMAGENET-64" / name / "checkpoints" / "last.pth.tar"
+        flags = [*flags_of(place), f"--encoder_output_root={tmp_path}", f"--pretrained={file}"]
+        done = run("test", *flags)
+        assert done.returncode == 0, done.stderr
+    results = sorted(path.name for path in (tmp_path / "eval").iterdir())
+    assert results == ["IMAGENET-64-a-epoch_0001", "IMAGENET-64-b-epoch_0001"]
 
 
 def test_untrained_encoder_without_a_run(place: Path) -> None:

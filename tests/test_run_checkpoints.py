@@ -44,7 +44,7 @@ def test_path_of_lists_what_exists(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no run .*: train one with train.py"):
         checkpoints.path_of(tmp_path / "OTHER" / "v1", None)
     (folder.parent / "v2").mkdir()
-    with pytest.raises(UserError, match="no last checkpoint: it has none"):
+    with pytest.raises(UserError, match="v2' has no checkpoints yet"):
         checkpoints.path_of(folder.parent / "v2", None)
 
 
@@ -143,6 +143,33 @@ def test_the_last_one_is_found_and_epochs_are_sorted_by_number(
         path.write_bytes(b"damaged")
     with pytest.raises(UserError, match="none of the 4 checkpoints"):
         checkpoints.load_last(tmp_path)
+
+
+def test_the_last_one_is_a_second_name_of_the_epochs_file(tmp_path: Path) -> None:
+    """And where there are no links, a copy; a later save changes the last one alone."""
+    saver = checkpoints.Saver(tmp_path, Log(tmp_path / "log.csv", ["step"], 0), 10, step=None)
+    epoch, last = (checkpoints._path(tmp_path, number) for number in (1, None))
+    saver.save({"state_dict": {}, "step": 5, "epoch": 1}, epoch=1)
+    assert epoch.samefile(last) and len(list(epoch.parent.iterdir())) == 2
+    saver.save({"state_dict": {}, "step": 6, "epoch": 1})
+    assert [checkpoints.load(path)["step"] for path in (epoch, last)] == [5, 6]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "link", lambda *_: os.link("/nowhere", tmp_path / "x"))
+        saver.save({"state_dict": {}, "step": 10, "epoch": 1}, epoch=1)
+    assert not epoch.samefile(last) and checkpoints.load(last)["step"] == 10
+
+
+@pytest.mark.parametrize("keep, left", [(None, [0, 1, 2, 3, 10]), (2, [0, 3, 10]), (9, None)])
+def test_of_the_epochs_the_newest_stay(
+    tmp_path: Path, keep: int | None, left: list[int] | None
+) -> None:
+    """And epoch 0, of a run that started from weights, which an evaluation needs."""
+    log = Log(tmp_path / "log.csv", ["step"], 0)
+    saver = checkpoints.Saver(tmp_path, log, 10, step=None, keep=keep)
+    for epoch in (0, 1, 2, 3, 10):
+        saver.save({"state_dict": {}, "step": epoch, "epoch": epoch}, epoch=epoch)
+    assert checkpoints._epochs(tmp_path) == (left or [0, 1, 2, 3, 10])
+    assert checkpoints.load(checkpoints.path_of(tmp_path, None))["step"] == 10
 
 
 class Disk:

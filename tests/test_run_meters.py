@@ -55,6 +55,7 @@ def test_alignment_uniformity_and_rank_have_their_closed_forms() -> None:
     one_direction = q[:1].T.expand(6, 30)
     assert float(meters.effective_rank(one_direction)) == pytest.approx(1, abs=1e-3)
     assert float(meters.effective_rank(q.T)) == pytest.approx(entropy_rank(q.T), rel=1e-6)
+    assert math.isnan(meters.effective_rank(torch.full((6, 9), math.nan)))  # it ends no run
 
 
 def test_the_log_holds_what_the_keys_of_the_queue_show(tmp_path: Path) -> None:

@@ -111,7 +111,9 @@ def test_the_loss_needs_no_checkpoint(place: Path, tmp_path: Path) -> None:
     flags = [f"--encoder_output_root={place}/output", "--encoder_exp_version=M0"]  # has none
     done = run("visualize", *flags, f"--result_path={tmp_path}", "--figures", "loss")
     assert done.returncode == 0 and drawn_in(tmp_path) == ["loss"], done.stderr
-    assert_one_line_error(run("visualize", *flags, "--figures", "filters"), "no last checkpoint")
+    assert_one_line_error(
+        run("visualize", *flags, "--figures", "filters"), "has no checkpoints yet"
+    )
 
 
 def test_a_result_of_another_measure_or_data_set_or_a_damaged_one_is_not_used(
