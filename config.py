@@ -307,7 +307,7 @@ def read_yaml(path: str | Path) -> Any:
         return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise UserError(f"config {str(path)!r} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: it is no text
         reason = " ".join(str(error).split())
         raise UserError(f"config {str(path)!r} is not valid YAML: {reason}") from None
 

@@ -266,7 +266,7 @@ def read_json(path: str | Path) -> Any:
     """The content of a JSON file, None if it is not there or not whole."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

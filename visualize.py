@@ -75,16 +75,20 @@ def main(argv: list[str]) -> None:
         drawn = [name for name in names if name in data]
     if settings.redraw and not drawn:
         raise UserError(f"--redraw finds nothing in {str(results / 'data')!r}: leave it out")
-    pictures = {name: DRAW[name](style.read_data(data_path(results, name))) for name in drawn}
     files = {name: results / FILES[name] for name in drawn}
-    for name, figure in pictures.items():  # now that all of them could be drawn
-        style.save(files[name], figure)
+    pictures, trusted = {}, not settings.redraw
+    for name in drawn:
+        with style.reading(data_path(results, name), trusted) as content:
+            pictures[files[name]] = style.render(DRAW[name](content))
+    for path, png in pictures.items():  # now that all of them could be drawn
+        atomic_write(path, lambda file, png=png: file.write(png))
     for name in names:
         if name not in drawn and (results / FILES[name]).exists():
             warn(f"{FILES[name]} in {results} is of an earlier call")
     written = [FILES[name] for name in drawn]
     if settings.report:
-        page = report.report_html(style.read_data(data_path(results, "report")), files)
+        with style.reading(data_path(results, "report"), trusted) as content:
+            page = report.report_html(content, files)
         atomic_write(results / "report.html", lambda file: file.write(page.encode()))
         written.append("report.html")
     say(f"written  {results}/{', '.join(written)}")

@@ -44,11 +44,19 @@ def read_classifier(path: str, width: int) -> Classifier:
     content = checkpoints.read(path)
     if not isinstance(content, dict) or not {"weight", "bias", "classes"} <= content.keys():
         raise utils.UserError(f"--predict {path!r} is no linear.pth.tar of test.py")
-    weight, bias = content["weight"][0], content["bias"][0]
-    if weight.shape[1] != width:
-        reason = f"takes features of width {weight.shape[1]}, not {width}"
+    weight, bias, classes = (content[name] for name in ("weight", "bias", "classes"))
+    try:
+        sound = weight.shape == (*bias.shape, weight.shape[2]) and len(classes) == bias.shape[1] > 0
+        sound &= bool(weight.isfinite().all() and bias.isfinite().all())
+        sound &= all(isinstance(name, str) for name in classes)
+    except (AttributeError, IndexError, TypeError, RuntimeError):
+        sound = False
+    if not sound or not len(weight):
+        raise utils.UserError(f"--predict {path!r} is damaged: evaluate again with test.py")
+    if weight.shape[2] != width:
+        reason = f"takes features of width {weight.shape[2]}, not {width}"
         raise utils.UserError(f"--predict {path!r} {reason}: name the checkpoint that it is of")
-    return Classifier(weight.float(), bias.float(), list(content["classes"]))
+    return Classifier(weight[0].float(), bias[0].float(), classes)
 
 
 def extract(extractor: Extractor, images: FolderImages) -> Iterator[tuple[list[str], Tensor]]:

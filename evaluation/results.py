@@ -23,7 +23,7 @@ SETTINGS = {name: GIVEN.get(name, name) for name in config.names_with(TestSettin
 MEASURE = ["dataset", "dataset_root", "train_images", "test_images", "arch", "crop"]
 MEASURE += SETTINGS.values()
 NEEDED = [*MEASURE, "encoder", "epoch", "first_weights", "class_names"]
-NEEDED += ["linear_top1", "knn_top1", "trials"]
+NEEDED += ["linear_top1", "linear_top1_ci95", "knn_top1", "trials", "provenance"]
 
 
 @dataclass
@@ -101,7 +101,7 @@ def result_folder(settings: TestSettings, subject: Subject, dataset: str) -> Pat
     if kind != "cached" or read_any(folder).get("dataset", dataset) != dataset:
         folder = subject.home / f"{subject.stem}-{dataset}-{kind}"
     old, new = read_any(folder).get("checkpoint"), subject.record["checkpoint"]
-    if settings.pretrained and old and Path(old).resolve() != Path(new).resolve():
+    if settings.pretrained and old and Path(str(old)).resolve() != Path(new).resolve():
         raise utils.UserError(
             f"{str(folder)!r} holds the result of {old!r}, not of {new!r}: "
             "remove it, or choose another --encoder_output_root"
@@ -116,9 +116,38 @@ def read_any(folder: Path) -> dict[str, Any]:
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """The result.json of a folder, None if there is none that is whole."""
+    """The result.json of a folder, None if it is not there or older; UserError for odd values."""
     result = read_any(folder)
-    return result if all(name in result for name in NEEDED) else None
+    if not all(name in result for name in NEEDED):
+        return None
+    check(_is_sound(result), folder / "result.json")
+    return result
+
+
+def _is_sound(result: dict[str, Any]) -> bool:
+    """Whether the values are as `evaluate` writes them, as far as anything reads them."""
+    try:
+        flags = {name: result[key] for name, key in SETTINGS.items() if name != "protocol"}
+        flags |= {name: result[name] for name in ("dataset_root", "crop")}
+        config.from_values(TestSettings, {n: v for n, v in flags.items() if v is not None})
+        low, high = result["linear_top1_ci95"]
+        shares = [result["knn_top1"], result["linear_top1"], low, high, *result["trials"]]
+        texts = [result["dataset"], result["arch"], *result["class_names"]]
+        texts.append(result["provenance"]["commit"] or "")
+        counts = [len(result["trials"]), result["epoch"] or 0]
+    except (utils.UserError, KeyError, TypeError, ValueError):
+        return False
+    return (
+        all(isinstance(share, (int, float)) and 0 <= share <= 100 for share in shares)
+        and all(isinstance(text, str) for text in texts)
+        and counts[0] > 0
+        and isinstance(counts[1], int)
+    )
+
+
+def check(sound: bool, path: Path) -> None:
+    if not sound:
+        raise utils.UserError(f"{str(path)!r} is damaged: evaluate again with test.py")
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:
@@ -127,10 +156,13 @@ def read_evaluation(folder: Path) -> Evaluation | None:
     if result is None or not all(path.exists() for path in tables):
         return None
     top1, confusion = utils.read_csv(tables[0], ["top1"])["top1"], utils.read_csv(tables[1])
-    if not top1 or len(top1) % len(result["trials"]):
-        raise utils.UserError(f"{str(tables[0])!r} is damaged: evaluate again with test.py")
-    accuracy = torch.tensor(top1).view(len(result["trials"]), -1)
-    return Evaluation(folder, result, accuracy, torch.tensor(list(confusion.values())).T)
+    trials, classes = len(result["trials"]), len(result["class_names"])
+    whole = top1 and len(top1) % trials == 0
+    check(whole and all(0 <= value <= 100 for value in top1), tables[0])
+    columns = list(confusion.values())
+    square = [len(column) for column in columns] == [classes] * classes
+    check(square and all(count >= 0 for column in columns for count in column), tables[1])
+    return Evaluation(folder, result, torch.tensor(top1).view(trials, -1), torch.tensor(columns).T)
 
 
 def find_stored(

@@ -1,9 +1,9 @@
 """What the figures share: colours, axes, tiles of pixels, and how a figure becomes a file."""
 
 import contextlib
+import io
 import json
-import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,17 @@ TITLES = {"cifar10": "CIFAR-10", "stl10": "STL-10", "fashion_mnist": "Fashion-MN
 TITLES |= {"shapes": "the built-in images"}
 
 
-def save(path: Path, figure: Figure, dpi: int = 200) -> None:
+def render(figure: Figure, dpi: int = 200) -> bytes:
+    """A figure as PNG."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=dpi)
+    return file.getvalue()
+
+
+def save(path: Path, figure: Figure) -> None:
     """Write a figure as PNG, whole or not at all."""
-    utils.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+    png = render(figure)
+    utils.atomic_write(path, lambda file: file.write(png))
 
 
 def write_data(path: Path, content: Mapping[str, Any]) -> None:
@@ -43,7 +51,7 @@ def write_data(path: Path, content: Mapping[str, Any]) -> None:
 def read_data(path: Path) -> dict[str, Any]:
     """What `write_data` wrote; UserError if that cannot be read."""
     content = None
-    with contextlib.suppress(OSError, EOFError, ValueError, zipfile.BadZipFile):
+    with contextlib.suppress(Exception):  # damaged bytes raise all kinds of errors
         if path.suffix == ".npz":
             with np.load(path) as arrays:
                 content = dict(arrays)
@@ -53,6 +61,20 @@ def read_data(path: Path) -> dict[str, Any]:
         reason = f"{str(path)!r} is missing or damaged"
         raise utils.UserError(f"{reason}: draw without --redraw")
     return content
+
+
+@contextlib.contextmanager
+def reading(path: Path, trusted: bool) -> Iterator[dict[str, Any]]:
+    """The data of a figure, to be drawn inside; UserError if these, unless `trusted`, cannot be."""
+    content = read_data(path)
+    try:
+        yield content
+    except Exception as error:
+        if trusted or isinstance(error, utils.UserError):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        remedy = "draw without --redraw"
+        raise utils.UserError(f"{str(path)!r} is damaged ({reason}): {remedy}") from None
 
 
 def colour_of(version: str, versions: Iterable[str]) -> str:

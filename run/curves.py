@@ -1,5 +1,6 @@
 """What the log of a run says: its loss as a curve, and means for a table."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import config
+import run.log
 import utils
 from run.flags import show
 
@@ -23,7 +25,7 @@ def read_log(folder: Path) -> dict[str, list[float]]:
         runs = sorted(other.parent.name for other in folder.parent.glob("*/log.csv"))
         there = f"runs with one: {', '.join(runs) or 'none'}"
         raise utils.UserError(f"{str(folder)!r} has no log.csv; {there}")
-    log = utils.read_csv(path, ("step", "loss"))
+    log = run.log.read(path)
     if not any(log["step"]):
         raise utils.UserError(f"{str(path)!r} has no rows yet: the run just began")
     return log
@@ -78,7 +80,7 @@ def summarize(folder: Path, epoch: int | None) -> dict[str, float]:
     """
     if not (folder / "log.csv").exists():
         return {}
-    log = utils.read_csv(folder / "log.csv", ("step", "loss"))
+    log = run.log.read(folder / "log.csv")
     needed = {"epoch", "contrast_top1", "images_per_second"}
     if not any(log["step"]) or not needed <= log.keys():
         return {}
@@ -117,7 +119,13 @@ def label(settings: Mapping[str, Any]) -> str:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of a run, as saved with it; none if they are gone."""
+    """The settings of a run, as saved with it; none if they are gone, UserError for odd ones."""
     path = folder / "config.yaml"
-    content = config.read_yaml(path) if path.exists() else None
-    return content if isinstance(content, dict) else {}
+    if not path.exists():
+        return {}
+    content = config.read_config(str(path))
+    try:
+        settings = config.from_values(config.TrainSettings, content)
+    except utils.UserError as error:
+        raise utils.UserError(f"{str(path)!r} is damaged: {error}") from None
+    return dataclasses.asdict(settings)

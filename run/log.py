@@ -1,5 +1,6 @@
 """log.csv, and other text files that grow by lines while a run goes on."""
 
+import itertools
 import math
 import os
 from pathlib import Path
@@ -53,13 +54,28 @@ class Lines:
         self._size, self._waiting = start + len(self._waiting), b""
 
 
+def read(path: Path) -> dict[str, list[float]]:
+    """The columns of a log.csv; UserError for what no run has written."""
+    log = read_csv(path, ["step", "loss"])
+    rows = [0, *log["step"]] if log["step"][:1] != [0] else log["step"]  # step 0 is untrained
+    sound = all(step.is_integer() and step < 2**53 for step in log["step"])
+    sound &= all(low < high for low, high in itertools.pairwise(rows))
+    for name in ("epoch", "images_per_second"):
+        pairs = zip(log["step"], log.get(name, []), strict=False)
+        sound &= all(0 < value < math.inf for step, value in pairs if step)
+    if not sound:
+        reason = "its steps do not rise, or an epoch or a speed is no number above 0"
+        raise UserError(f"{str(path)!r} is damaged: {reason}: move it away")
+    return log
+
+
 class Log(Lines):
     """log.csv, with a row every `log_every` steps. Rows after `step`, of a resumed run, go."""
 
     def __init__(self, path: Path, columns: list[str], step: int) -> None:
         self.columns, old = columns, {"step": []}
         if step and path.exists() and path.stat().st_size:
-            old = read_csv(path, ["step", "loss"])
+            old = read(path)
         if step and not old["step"]:
             warn(f"{str(path)!r} is gone: its rows up to step {step} are lost")
         missing = [math.nan] * len(old["step"])  # of a column that is newer than the run

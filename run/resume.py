@@ -166,6 +166,8 @@ def _check_tensor(name: str, value: Any) -> None:
 
 
 def _check_meter(saved: dict[str, Any]) -> None:
+    if not isinstance(saved, dict):
+        raise TypeError("the meter has no names")
     _check_tensor("the meter's sums", saved["sums"])
     if saved["sums"].ndim != 1 or len(saved["sums"]) > 3:
         raise ValueError(f"the meter has {tuple(saved['sums'].shape)} sums")
