@@ -1,6 +1,7 @@
 """Image files: in class folders, alone or in train/ and val/ (or test/), or all in one folder."""
 
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,10 @@ class FolderImages(Dataset):
         classes = [os.fsencode(name).decode(errors="backslashreplace") for name in classes]
         super().__init__(NAME, torch.tensor(labels), classes, size, largest=largest)
         self.paths = Paths(paths)
+
+    @property
+    def checksum(self) -> int:
+        return zlib.crc32(self.paths.below_common(), super().checksum)
 
     def __getitem__(self, indices: list[int]) -> Batch:
         """As PyTorch's DataLoader calls it."""
@@ -60,6 +65,17 @@ class Paths:
 
     def __getitem__(self, index: int) -> str:
         return os.fsdecode(self.block[self.ends[index] : self.ends[index + 1]].tobytes())
+
+    def below_common(self) -> np.ndarray:
+        """All paths, one after the other, without what the first and the last begin with alike.
+
+        So they are the same wherever the data set is mounted.
+        """
+        ends = [os.fsencode(self[i]) for i in (0, len(self.ends) - 2)]
+        kept = np.ones(len(self.block), bool)
+        for i in range(len(os.path.commonprefix(ends))):
+            kept[self.ends[:-1] + i] = False
+        return self.block[kept]
 
 
 def matches(root: str) -> bool:

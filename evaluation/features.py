@@ -12,9 +12,11 @@ import augment
 import dataloader
 import parallel
 import utils
+from data.base import in_px
 from evaluation.subsets import Subset
 from model import to_device
 from run import compute
+from run.memory import check_memory, image_bytes
 
 
 class Features(NamedTuple):
@@ -57,11 +59,23 @@ class Extractor:
         self._on_all_devices = self.launch.wrap(self.encoder.requires_grad_(False))
 
     def load(self, images: Subset, batches: Sequence[Tensor]) -> Iterator[dataloader.Batch]:
-        """Batches of a subset's data set, with the images on the device."""
+        """Batches of a subset's data set, with the images on the device.
+
+        Raises UserError if a batch takes more memory than there is.
+        """
+        self._check_memory(images.dataset, max(map(len, batches), default=0))
         device, workers = self.launch.device, self.num_workers
         options = {"failures": images.failures, "pin": device.type == "cuda"}
         for batch in dataloader.iterate(images.dataset, batches, num_workers=workers, **options):
             yield replace(batch, images=to_device(batch.images, device))
+
+    def _check_memory(self, dataset: dataloader.Dataset, rows: int) -> None:
+        crop, channels = dataset.crop, dataset.size.pixels.channels
+        _, layer = image_bytes(self.encoder, channels, crop, self.precision)
+        needed = rows * (layer + dataset.image_bytes)
+        what = f"a batch of {rows} images at --crop {in_px(crop)}"
+        remedy = "use a smaller --crop, or a smaller batch (of test.py --eval_batch_size)"
+        check_memory(needed, self.launch.device, what, remedy)
 
     def encode(self, x: Tensor) -> Tensor:
         """Outputs float32 (N, D) for normalised images (N, 3, H, W)."""

@@ -17,6 +17,7 @@ from data.decoding import LOOKED_AT
 from parallel import Launch
 from run import compute, splits
 from run.flags import show
+from run.memory import check_memory, image_bytes
 from utils import UserError, provenance, say, warn
 
 
@@ -26,7 +27,7 @@ def resolve(settings: TrainSettings, launch: Launch, checkpoint: dict | None) ->
     Errors come before any work: UserError. A resumed run keeps what `auto` chose when it began.
     """
     check_flags(settings, launch)
-    check_encoder(settings, fresh=checkpoint is None)
+    encoder = check_encoder(settings, fresh=checkpoint is None)
     for name in ("bn_groups", "precision"):
         if checkpoint is not None and getattr(settings, name) == "auto":
             setattr(settings, name, checkpoint.get("config", {}).get(name, "auto"))
@@ -49,6 +50,7 @@ def resolve(settings: TrainSettings, launch: Launch, checkpoint: dict | None) ->
     settings.value_range = None if low_high is None else list(low_high)
     check_sizes(settings, dataset)
     check_channels(settings, dataset)
+    check_step(settings, dataset, launch, encoder)
     return dataset
 
 
@@ -71,8 +73,8 @@ def check_flags(settings: TrainSettings, launch: Launch) -> None:
         raise UserError(f"--value_range {show(settings.value_range)}: black and white must differ")
 
 
-def check_encoder(settings: TrainSettings, fresh: bool) -> None:
-    """UserError unless the encoder can be built, and for a fresh run read from --init."""
+def check_encoder(settings: TrainSettings, fresh: bool) -> torch.nn.Module:
+    """The encoder; UserError unless it can be built, and for a fresh run read from --init."""
     encoder = encoders.build_from(settings)
     has_norms = any(isinstance(module, torch.nn.BatchNorm2d) for module in encoder.modules())
     if not has_norms and (settings.shuffle_bn or settings.bn_groups != "auto"):
@@ -86,6 +88,7 @@ def check_encoder(settings: TrainSettings, fresh: bool) -> None:
             raise UserError(
                 f"--init {settings.init!r} is for {loaded.channels} channels: give as many"
             )
+    return encoder
 
 
 def check_sizes(settings: TrainSettings, dataset: Dataset) -> None:
@@ -133,6 +136,17 @@ def check_channels(settings: TrainSettings, dataset: Dataset) -> None:
         f"--channels {channels} needs {channels} values of --mean and of --std; those of "
         f"{len(some)} of the images are: --mean {mean} --std {std}"
     )
+
+
+def check_step(
+    settings: TrainSettings, dataset: Dataset, launch: Launch, encoder: torch.nn.Module
+) -> None:
+    """UserError if a step takes more memory than there is."""
+    rows = max(launch.device_rows(settings.batch_size, settings.bn_groups))
+    kept, _ = image_bytes(encoder, settings.channels, settings.crop, settings.precision)
+    what = f"--batch_size {settings.batch_size} of {settings.arch} at --crop {in_px(settings.crop)}"
+    remedy = "use a smaller --batch_size, --crop or --resize"
+    check_memory(rows * (kept + dataset.image_bytes), launch.device, what, remedy)
 
 
 def announce(
@@ -199,13 +213,14 @@ def compare_processes(
     step: int,
     monitor_images: int,
 ) -> None:
-    """UserError unless all processes see the same checkpoint, settings and numbers of images."""
+    """UserError unless all processes see the same checkpoint, settings and images."""
     local = config.names_with(TrainSettings, config.PER_MACHINE)
     shared = {n: v for n, v in dataclasses.asdict(settings).items() if n not in local}
     seen = {
         "step of the checkpoint": step,
         "checksum of the settings": zlib.crc32(repr(sorted(shared.items())).encode()),
         "number of images": len(dataset),
+        "names of the images": dataset.checksum,
         "number of labelled images for --knn_every": monitor_images,
     }
     for what, value in seen.items():

@@ -43,6 +43,18 @@ def test_train_and_val(tmp_path: Path) -> None:
     assert all(name.startswith("test/") for name in names(test, tmp_path))
 
 
+def test_the_checksum_is_of_the_names_below_the_folder(tmp_path: Path) -> None:
+    write_folders(tmp_path / "a", classes=3, train=4, test=1)
+    shutil.copytree(tmp_path / "a", tmp_path / "longer" / "b")
+    one, other = open_square(tmp_path / "a"), open_square(tmp_path / "longer" / "b")
+    names = b"".join(f"{c}/{i:03}.png".encode() for c in range(3) for i in range(4))
+    assert one.paths.below_common().tobytes() == names
+    assert one.checksum == other.checksum
+    folder = tmp_path / "longer" / "b" / "train" / "class1"
+    (folder / "003.png").rename(folder / "004.png")
+    assert open_square(tmp_path / "longer" / "b").checksum != one.checksum
+
+
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     for name in ("train", "bus"):
         (tmp_path / name).mkdir()

@@ -1,6 +1,7 @@
 """torchrun: errors, deaths and stops of one process among several."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,7 +72,11 @@ def test_torchrun_ends_when_a_process_dies_and_saves_when_it_is_told_to_stop(
 
 @pytest.mark.parametrize(
     "difference, part",
-    [(["--lr=0.1"], "checksum of the settings"), (["--dataset_root={small}"], "number of images")],
+    [
+        (["--lr=0.1"], "checksum of the settings"),
+        (["--dataset_root={small}"], "number of images"),
+        (["--dataset_root={other}"], "names of the images"),
+    ],
 )
 def test_processes_that_see_different_things_stop_before_the_first_step(
     difference: list[str], part: str, launch_data: dict[str, Path], tmp_path: Path
@@ -81,9 +86,12 @@ def test_processes_that_see_different_things_stop_before_the_first_step(
         str(free_ports(1)[0]),
         flags_of("v1 shuffled", launch_data, tmp_path, "--num_keys=16"),
     )
-    started = []
+    small, other, started = launch_data["float32, one step"], tmp_path / "other", []
+    shutil.copytree(launch_data["v1 shuffled"], other)
+    image = next((other / "train").rglob("*.png"))
+    image.rename(image.with_stem("renamed"))
     for rank, more in enumerate(
-        ([], [flag.format(small=launch_data["float32, one step"]) for flag in difference])
+        ([], [flag.format(small=small, other=other) for flag in difference])
     ):
         environment = {
             "RANK": str(rank),
