@@ -89,7 +89,9 @@ def main(argv: list[str]) -> None:
     if settings.report:
         with style.reading(data_path(results, "report"), trusted) as content:
             page = report.report_html(content, files)
-        atomic_write(results / "report.html", lambda file: file.write(page.encode()))
+        atomic_write(
+            results / "report.html", lambda file: file.write(page.encode(errors="replace"))
+        )
         written.append("report.html")
     say(f"written  {results}/{', '.join(written)}")
 

@@ -19,8 +19,9 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 def path_of(output_root: str, dataset_name: str, exp_version: str) -> Path:
     """output_root/dataset_name/exp_version; UserError if a name cannot be that of a folder."""
     for name in (dataset_name, exp_version):
-        if name in (".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > 200:
-            remedy = "leave out / and keep it short (--output_root may be any path)"
+        odd = "/" in name or not name.isprintable()  # nor is a byte that is no UTF-8
+        if name in (".", "..") or odd or len(os.fsencode(name)) > 200:
+            remedy = "use plain letters, no /, and keep it short (--output_root may be any path)"
             raise UserError(f"{name[:60]!r} cannot name a data set or a run: {remedy}")
     return Path(output_root) / dataset_name / exp_version
 

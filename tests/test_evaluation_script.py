@@ -1,6 +1,7 @@
 """test.py on a miniature run."""
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -234,6 +235,22 @@ def test_a_class_without_test_images_is_none(place: Path, tmp_path: Path) -> Non
     assert per_class[1] is None and None not in (per_class[0], per_class[2])
     drawn = run("visualize", *flags, "--report", f"--result_path={tmp_path / 'figures'}")
     assert drawn.returncode == 0, drawn.stderr
+
+
+def test_names_that_are_no_utf8(tmp_path: Path) -> None:
+    """Of the data set and of a class, through to the figures and the report."""
+    place = tmp_path / os.fsdecode(b"d\xff")
+    class_folders(place / "data", seed=0)
+    fabricated_run(place / "output", "v1", epochs=(1,))
+    for split in ("train", "test"):
+        folder = place / "data" / split
+        (folder / "class1").rename(folder / os.fsdecode(b"cl\xe9"))
+    done = run("test", *flags_of(place))
+    assert done.returncode == 0, done.stderr
+    (path,) = place.glob("output/*/*/eval/epoch_0001/result.json")
+    assert json.loads(path.read_text())["class_names"] == ["class0", "class2", "cl\\xe9"]
+    done = run("visualize", *flags_of(place), "--report", f"--result_path={place}/figures")
+    assert done.returncode == 0 and (place / "figures" / "report.html").exists(), done.stderr
 
 
 def test_a_protocol_that_takes_long_names_the_command_of_the_untrained_encoder(place: Path) -> None:

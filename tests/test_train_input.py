@@ -41,6 +41,8 @@ ROOT = Path(utils.__file__).parent
         (["--resize=100000"], ["4096"]),
         (["--exp_version=../x"], ["'../x'"]),
         (["--exp_version=" + 300 * "x"], ["short"]),
+        (["--exp_version=a\nb"], ["'a\\nb'", "plain letters"]),
+        (["--exp_version=\udcff"], ["plain letters"]),  # a byte that is no UTF-8
         (["--resume", "--overwrite"], ["exclude each other"]),
     ],
 )
