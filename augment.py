@@ -10,7 +10,7 @@ Images of other than three channels C have no hue, saturation or greyscale.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -89,13 +89,10 @@ class Params:
     sigma: Tensor  # (N,) of the blur, in pixels of the view
     order: tuple[int, ...] = (0, 1, 2, 3)  # of JITTER
 
-    def apply(self, function: Callable[[Tensor], Tensor]) -> "Params":
-        names = [field.name for field in fields(self) if field.name != "order"]
-        return replace(self, **{name: function(getattr(self, name)) for name in names})
-
     def rows(self, index: slice | Tensor) -> "Params":
         """The parameters of some images of the batch."""
-        return self.apply(lambda value: value[index])
+        names = [field.name for field in fields(self) if field.name != "order"]
+        return replace(self, **{name: getattr(self, name)[index] for name in names})
 
 
 def draw(aspect: Tensor, recipe: Recipe, generator: torch.Generator) -> Params:
@@ -141,31 +138,40 @@ def augment(
 ) -> Tensor:
     """One random view of each image: uint8 (N, C, H, W) -> `dtype` (N, C, height, width).
 
-    C is the number of means; one channel may stand for three. The images may have any size, and be
-    squeezed to a square. Views are normalised, on their device, without autocast.
+    C is the number of means; one channel may stand for three. The images may be of any size, also
+    squeezed. Views are normalised, on their device, without autocast.
     """
-    n, device = len(images), images.device
-
-    def send(x: Tensor) -> Tensor:  # on mps, a copy that nobody waits for may come too late
-        x = x.to(dtype) if x.is_floating_point() else x
-        return x.to(device, non_blocking=device.type == "cuda")
-
-    # which images a step changes is read on the CPU, so that nothing waits for the device
     colours = [name for name in recipe.steps if name != "grayscale" or len(recipe.mean) == 3]
     steps = ["vflip", "transpose", *colours]
-    chosen = [send(getattr(params, name).nonzero().squeeze(1)) for name in steps]
-    params = params.apply(send)
-    functions = {"grayscale": _grayscale, "jitter": _jitter, "blur": _blur}
-    functions |= {"vflip": lambda x, *_: x.flip(2), "transpose": lambda x, *_: x.mT}
-    with torch.autocast(device.type, enabled=False):
-        planes = _crop(images, params, recipe)
+    chosen = [getattr(params, name).nonzero().squeeze(1) for name in steps]  # read on the CPU
+    numbers = params.box, params.factors[params.jitter], params.sigma[params.blur]
+    sent = _send([*chosen, *(x.to(dtype) for x in numbers), params.hflip], images.device)
+    chosen, (box, factors, sigma, hflip) = sent[: len(steps)], sent[len(steps) :]
+    functions = {
+        "vflip": lambda planes: planes.flip(2),
+        "transpose": lambda planes: planes.mT,
+        "grayscale": lambda planes: _luma(planes).repeat(3, 1, 1, 1),
+        "jitter": lambda planes: _jitter(planes, factors, params.order, recipe),
+        "blur": lambda planes: _blur(planes, sigma, recipe),
+    }
+    with torch.autocast(images.device.type, enabled=False):
+        planes = _crop(images, box, hflip, recipe)
         for step, index in zip(map(functions.get, steps), chosen, strict=True):
-            if len(index) == n:
-                planes = step(planes, params, recipe)
+            if len(index) == len(images):
+                planes = step(planes)
             elif len(index):
-                some = step(planes.index_select(1, index), params.rows(index), recipe)
-                planes.index_copy_(1, index, some)
+                planes.index_copy_(1, index, step(planes.index_select(1, index)))
         return _standardize(planes, recipe.mean, recipe.std)
+
+
+def _send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors, of larger types first, on a device: in one copy that no GPU has to wait for."""
+    if device.type != "cuda":
+        return [x.to(device) for x in tensors]
+    parts = [x.contiguous().flatten().view(torch.uint8) for x in tensors]
+    packed = torch.cat(parts).pin_memory().to(device, non_blocking=True)
+    parts = packed.split([len(part) for part in parts])
+    return [part.view(x.dtype).view(x.shape) for part, x in zip(parts, tensors, strict=True)]
 
 
 def views(
@@ -230,11 +236,11 @@ def _boxes(aspect: Tensor, area: Tensor, ratio: Tensor, place: Tensor, recipe: R
     return torch.cat([corner, size], dim=1)
 
 
-def _crop(images: Tensor, params: Params, recipe: Recipe) -> Tensor:
+def _crop(images: Tensor, box: Tensor, hflip: Tensor, recipe: Recipe) -> Tensor:
     """Crop, antialiased resize, flip: uint8 (N, C, H, W) -> planes (C, N, h, w) in [0, 1]."""
     n, c, height, width = images.shape
     out_height, out_width = height_width(recipe.crop)
-    left, top, box_width, box_height = params.box.unbind(1)
+    left, top, box_width, box_height = box.unbind(1)
     start, length, device, dtype = top * height, box_height * height, top.device, top.dtype
     blocks = next(b for b in (4, 2, 1) if out_height % b == 0)
     # to make a block of output rows takes a strip of the image only; the longest strip is that of
@@ -248,7 +254,7 @@ def _crop(images: Tensor, params: Params, recipe: Recipe) -> Tensor:
         for count in (out_width, out_height)
     )
     rows = _resampling(start, length, down, first, strip).flatten(0, 1)
-    across = torch.where(params.hflip[:, None], 1 - across, across)
+    across = torch.where(hflip[:, None], 1 - across, across)
     zero = torch.zeros_like(first[:, :1])  # all columns are one block, and see the whole line
     columns = _resampling(left * width, box_width * width, across, zero, width).squeeze(1).mT
     first = first + height * torch.arange(n, device=device)[:, None]  # in the lines of all images
@@ -281,10 +287,6 @@ def _resampling(start: Tensor, length: Tensor, place: Tensor, first: Tensor, pix
     return weight.div_(weight.sum(3, keepdim=True))
 
 
-def _grayscale(planes: Tensor, params: Params, recipe: Recipe) -> Tensor:
-    return _luma(planes).repeat(3, 1, 1, 1)
-
-
 def _luma(planes: Tensor) -> Tensor:
     """Brightness as seen by the eye (ITU-R 601), or the mean of other channels: (N, H, W)."""
     if len(planes) != 3:
@@ -293,11 +295,11 @@ def _luma(planes: Tensor) -> Tensor:
     return (red * 0.299).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
-def _jitter(planes: Tensor, params: Params, recipe: Recipe) -> Tensor:
+def _jitter(planes: Tensor, factors: Tensor, order: Sequence[int], recipe: Recipe) -> Tensor:
     """The colour operations in the batch's order, but those of strength 0; in place."""
     colours = 4 if len(planes) == 3 else 2  # without three channels, brightness and contrast
-    for i in [i for i in params.order if i < colours and recipe.jitter[i] > 0]:
-        name, factor = JITTER[i], params.factors[:, i, None, None]
+    for i in [i for i in order if i < colours and recipe.jitter[i] > 0]:
+        name, factor = JITTER[i], factors[:, i, None, None]
         if name == "hue":
             _turn_hue(planes, factor)
         elif name == "brightness":
@@ -331,9 +333,9 @@ def _turn_hue(planes: Tensor, shift: Tensor) -> None:
         torch.addcmul(value, chroma, fall, value=-1, out=planes[channel])
 
 
-def _blur(planes: Tensor, params: Params, recipe: Recipe) -> Tensor:
+def _blur(planes: Tensor, sigma: Tensor, recipe: Recipe) -> Tensor:
     """Gaussian blur, reflected at the border: by a matrix (N, side, side) along either axis."""
-    rows, columns = (_blurring(side, params.sigma, recipe) for side in planes.shape[2:])
+    rows, columns = (_blurring(side, sigma, recipe) for side in planes.shape[2:])
     return torch.stack([torch.bmm(torch.bmm(rows, plane), columns.mT) for plane in planes])
 
 
