@@ -152,10 +152,9 @@ def describe_failure(path: str) -> str:
     try:
         with open(path, "rb", opener=_open_at_once) as file:
             Image.open(file)
-    except Image.DecompressionBombError:
-        return f"has more than {MEGAPIXELS:,} megapixels (cut it into several)"
-    except Exception:  # whatever a decoder raises
-        return "cannot be read as an image"
+    except Exception as error:  # whatever a decoder raises
+        if isinstance(error, Image.DecompressionBombError):
+            return f"has more than {MEGAPIXELS:,} megapixels (cut it into several)"
     return "cannot be read as an image"
 
 

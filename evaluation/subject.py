@@ -55,7 +55,8 @@ def load_subject(settings: TestSettings) -> Subject:
         encoder, checkpoint = loaded.encoder, loaded.checkpoint
         stem = name_result(path, checkpoint, known)
         if known and foreign:
-            stem = f"{known.dataset_name}-{known.exp_version}-{stem}"
+            of_run = re.sub(r"[^\w.-]+", "_", f"{known.dataset_name}-{known.exp_version}")
+            stem = f"{of_run}-{stem}"  # a stranger's file names no folder outside
         if not known:
             guess = f"crop {in_px(crop)}, ImageNet's mean and deviation"
             found = f"{loaded.description}; it does not say its settings: {guess}"

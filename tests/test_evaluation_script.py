@@ -96,8 +96,13 @@ def test_last_checkpoints_of_two_runs_have_two_results(place: Path, tmp_path: Pa
         flags = [*flags_of(place), f"--encoder_output_root={tmp_path}", f"--pretrained={file}"]
         done = run("test", *flags)
         assert done.returncode == 0, done.stderr
+    content = checkpoints.load(file)
+    content["config"]["exp_version"] = "../../up"  # a stranger's file names no other folder
+    checkpoints.save(file, content)
+    assert run("test", *flags).returncode == 0
     results = sorted(path.name for path in (tmp_path / "eval").iterdir())
-    assert results == ["IMAGENET-64-a-epoch_0001", "IMAGENET-64-b-epoch_0001"]
+    expected = ["IMAGENET-64-.._.._up", "IMAGENET-64-a", "IMAGENET-64-b"]
+    assert results == [f"{name}-epoch_0001" for name in expected]
 
 
 def test_untrained_encoder_without_a_run(place: Path) -> None:
