@@ -34,7 +34,6 @@ FLAGS = [
     "--batch_size=32",
     "--bn_groups=4",
     "--shuffle_bn",
-    "--max_epoch=12",
     "--log_every=7",
     "--save_every_minutes=0.015",
     "--save_weight_epoch=6",
@@ -57,8 +56,8 @@ def write_images(folder: Path, n: int = 600) -> None:
 class Soak:
     """Runs of train.py below a folder."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, epochs: int) -> None:
+        self.out, self.epochs = out, epochs
 
     def folder(self, name: str) -> Path:
         return self.out / "SOAK" / name
@@ -69,7 +68,7 @@ class Soak:
         names = ["--dataset_name=SOAK", f"--exp_version={name}"]
         began = time.monotonic()
         process = subprocess.Popen(
-            [sys.executable, "train.py", *places, *names, *FLAGS],
+            [sys.executable, "train.py", *places, *names, *FLAGS, f"--max_epoch={self.epochs}"],
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -136,9 +135,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--kills", type=int, default=20, help="runs, each killed once")
     parser.add_argument("--minutes", type=float, default=40, help="no further run after these")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of the moments")
+    parser.add_argument("--epochs", type=int, default=12, help="of a run; fewer for a slow disk")
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "soak")
     args = parser.parse_args(argv)
-    moments, began, soak = random.Random(args.seed), time.monotonic(), Soak(args.out.resolve())
+    moments, began = random.Random(args.seed), time.monotonic()
+    soak = Soak(args.out.resolve(), args.epochs)
     shutil.rmtree(soak.out, ignore_errors=True)
     write_images(soak.out / "data")
     soak.run("whole")
