@@ -50,16 +50,14 @@ class TrainSettings:
     resize: int | Auto = DATA(
         "side of stored images, px; auto: 2 x crop or the native size", 8, 4096
     )
-    channels: int = DATA("channels of the images; with --mean and --std of as many values", 1)
+    channels: int = DATA("channels of the images; --mean and --std take as many", 1, 10_000)
     value_range: list[float] | None = DATA(
         "of values of more than 8 bits, black and white; default: by the images",
         -math.inf,
         count=2,
     )
     background: int = DATA("grey value behind what is transparent", 0, 255)
-    num_workers: int | Auto = DATA(
-        "processes that decode images; auto: the cores, up to 8", trait=PER_MACHINE
-    )
+    num_workers: int | Auto = DATA("decoding processes; auto: cores, up to 8", trait=PER_MACHINE)
     pack: str | None = DATA("folder for decoded images; auto: beside the data", trait=PER_MACHINE)
     download: bool = DATA("fetch STL-10 if it is not there", trait=MAY_CHANGE)
 
@@ -81,19 +79,19 @@ class TrainSettings:
 
     arch: str = MODEL("a ResNet of torchvision, or timm:NAME, as timm:vit_small_patch16_224")
     init: str | None = MODEL("file of weights to start from; null: random ones")
-    feature_dim: int = MODEL("C, the width of queries and keys", 1)
+    feature_dim: int = MODEL("C, the width of queries and keys", 1, 2**20)
     small_stem: bool = MODEL("for images up to 64 px: 3 x 3 first convolution, no max pool")
     mlp: bool = MODEL("MoCo v2's head: Linear-ReLU-Linear")
     num_keys: int = MODEL("K, the keys in the queue", 1)
     momentum: float = MODEL("m, the momentum of the key encoder", 0, 1)
     temperature: float = MODEL("T, the temperature of the contrastive loss", 1e-4)
     shuffle_bn: bool = MODEL("shuffled batch norm, as the method of the paper has it")
-    bn_groups: int | Auto = MODEL("batch-norm groups of a batch; auto: the devices, 8 on one", 1)
+    bn_groups: int | Auto = MODEL("groups of batch norm; auto: the devices, 8 on one", 1, 4096)
     queue_init: Literal["keys", "random"] = MODEL("first queue: keys of images, or random vectors")
 
     symmetric: bool = OPTIM("each view is query and key; the loss is the mean of both")
-    batch_size: int = OPTIM("images in a step, over all devices", 2)
-    max_epoch: int = OPTIM("epochs", 1)
+    batch_size: int = OPTIM("images in a step, over all devices", 2, 2**24)
+    max_epoch: int = OPTIM("epochs", 1, 10**6)
     optimizer: Literal["sgd", "adamw"] = OPTIM("adamw: as is usual for ViTs")
     lr: float = OPTIM("learning rate")
     warmup_epochs: float = OPTIM("epochs in which the learning rate rises from 0")
@@ -125,7 +123,9 @@ class TestSettings:
     encoder_output_root: str = ENCODER("where the run is kept")
     encoder_dataset_name: str = ENCODER("its data set, as in output/DATASET_NAME/EXP_VERSION")
     encoder_exp_version: str = ENCODER("name of the run")
-    load_pretrained_epoch: int | None = ENCODER("epoch of the checkpoint; null: the last one")
+    load_pretrained_epoch: int | None = ENCODER(
+        "epoch of the checkpoint; null: the last one", 0, 10**6
+    )
     pretrained: str | None = ENCODER("a file of weights, in place of a run's checkpoint")
     encoder: Literal["trained", "random"] = ENCODER("random: as it was before training")
     arch: str = ENCODER("of a random encoder without a run; auto: the run's")
@@ -155,11 +155,11 @@ class TestSettings:
         1e-7,
         trait=COMPARABLE,
     )
-    linear_batch_size: int = LINEAR("images in a step", 1, trait=COMPARABLE)
+    linear_batch_size: int = LINEAR("images in a step", 1, 2**24, trait=COMPARABLE)
     linear_views: int = LINEAR("1: each image; 2: its mirror image, too", 1, 2, trait=COMPARABLE)
     trials: int | Auto = LINEAR("classifiers with different seeds; auto: 3, or 1", 1, 1000)
 
-    eval_batch_size: int = RUN("images in a batch of the encoder", 1)
+    eval_batch_size: int = RUN("images in a batch of the encoder", 1, 2**24)
     device: str = RUN("auto, cpu, cuda, cuda:N or mps; auto: the fastest there is")
     precision: Precision = RUN("of the encoder", trait=COMPARABLE)
     seed: int = RUN("of classifiers, and of a random encoder without a run", trait=COMPARABLE)
@@ -170,9 +170,9 @@ class VisualizeSettings(TestSettings):
     """Flags of visualize.py, which evaluates what has no result yet."""
 
     multiple_encoder_exp_version: list[str] | None = FIGURES("runs to compare; default: one")
-    multiple_pretrained_epoch: list[int] | None = FIGURES("epochs of the run to compare")
+    multiple_pretrained_epoch: list[int] | None = FIGURES("epochs of the run to compare", 0, 10**6)
     loss_exp_version: list[str] | None = FIGURES("runs whose loss is drawn; default: those and M0")
-    seeds: list[int] | None = FIGURES("version V stands for the runs V-seed0, V-seed1, ...")
+    seeds: list[int] | None = FIGURES("V stands for the runs V-seed0, V-seed1, ...", 0, 2**63)
     figures: list[Figure] | None = FIGURES("which figures; default: all")
     report: bool = FIGURES("write report.html, too: one page with all of it")
     redraw: bool = FIGURES("draw from RESULT_PATH/data, which an earlier call left")
@@ -196,7 +196,7 @@ class ExportSettings:
     predict: str | None = FEATURES("a linear.pth.tar of test.py, whose classes go to OUT.csv, too")
     crop: int | list[int] | Auto = FEATURES("centre crop, px; auto: the training's", 8, 4096)
     resize: int | Auto = FEATURES("shorter side, px; auto: 8/7 x crop", 8, 4096)
-    batch_size: int = FEATURES("images at once, over all devices", 1)
+    batch_size: int = FEATURES("images at once, over all devices", 1, 2**24)
     num_workers: int | Auto = FEATURES("processes that decode images; auto: as train.py")
     device: str = FEATURES("auto, cpu, cuda, cuda:N or mps")
     precision: Precision = FEATURES("of the encoder")

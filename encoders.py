@@ -245,6 +245,11 @@ def recognize(
         prefix = find_prefix(checkpoint["state_dict"], first)
     names = [name for name in tensors if name.startswith(prefix)]
     weights = {name.removeprefix(prefix): tensors[name] for name in names}
+    for name, value in weights.items():
+        if name.rpartition(".")[2] != "num_batches_tracked" and not value.is_floating_point():
+            raise UserError(f"its {name} holds no real numbers, but {value.dtype}")
+        if not value.isfinite().all():
+            raise UserError(f"its {name} is not finite: the training that made it diverged")
     if arch == "auto":
         shapes = {(name, value.shape) for name, value in weights.items()}
         arch = min(ARCHS, key=lambda arch: len(shapes ^ shapes_of(arch)))

@@ -12,6 +12,7 @@ a finetuned encoder. --format writes the query encoder alone, without its head, 
 that load it. --features writes OUT.npy, float32 (n, D), and OUT.csv, with the path of each row.
 """
 
+import os
 import pickle
 import re
 from collections import Counter
@@ -37,6 +38,8 @@ def main(argv: list[str]) -> None:
         raise UserError("give --format TOOL for the encoder, or --features IMAGES: one of the two")
     if settings.features is None and (settings.nearest or settings.predict):
         raise UserError("--nearest and --predict need --features IMAGES")
+    if os.path.basename(settings.out) in ("", ".", "..", ".npy"):
+        raise UserError(f"{settings.out!r} names no file: give a name for OUT")
     out = re.sub(r"\.npy$", "", settings.out) if settings.features else settings.out
     names = [f"{out}.npy", f"{out}.csv"] if settings.features else [out]
     if (there := [name for name in names if Path(name).exists()]) and not settings.overwrite:

@@ -40,13 +40,15 @@ def several_processes() -> bool:
 def open_launch(name: str = "auto") -> "Launch":
     """The launch that this process is part of, by torchrun's environment and the visible devices.
 
-    It is a context: several processes meet when it opens and part when it closes. Raises UserError
-    as `pick_device` does, and for what torchrun cannot run on.
+    A context: processes meet when it opens, and part when it closes. UserError as `pick_device`.
     """
     device, gpus = pick_device(name), torch.cuda.device_count()
     if not several_processes():
         several = device == torch.device("cuda") and gpus > 1
         return Replicas(torch.device("cuda:0"), gpus) if several else OneDevice(device)
+    given = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")]
+    if not all(map(str.isdigit, given)):
+        raise UserError(f"RANK, WORLD_SIZE, MASTER_PORT are {given}: use torchrun, or unset them")
     if device.type == "mps":
         raise UserError("torchrun does not run on mps: use --device cpu, or plain python")
     if device.type == "cuda":
@@ -54,8 +56,7 @@ def open_launch(name: str = "auto") -> "Launch":
             raise UserError(f"--device {name!r} is one GPU for all torchrun processes: use cuda")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= gpus:
-            remedy = f"use --nproc_per_node={gpus}, or --device cpu"
-            raise UserError(f"torchrun started more processes than the {gpus} GPUs here: {remedy}")
+            raise UserError(f"there are {gpus} GPUs here for torchrun: use --nproc_per_node={gpus}")
     return Processes(device)
 
 

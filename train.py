@@ -31,7 +31,7 @@ from evaluation.monitor import Monitor
 from model import MoCo, contrastive_loss, to_device
 from parallel import Launch
 from run import checkpoints, compute, resume, setup, splits
-from run.folder import FolderLock, path_of, prepare
+from run.folder import FolderLock, claim, clear, path_of
 from run.keeper import Keeper
 from utils import (
     UserError,
@@ -53,6 +53,10 @@ def main(argv: list[str]) -> None:
     folder = path_of(settings.output_root, settings.dataset_name, settings.exp_version)
     if settings.resume and settings.overwrite:
         raise UserError("--resume and --overwrite exclude each other: give one")
+    init = Path(settings.init).resolve() if settings.init is not None else None
+    if settings.overwrite and init is not None and folder.resolve() in init.parents:
+        reason = "is of the run that --overwrite deletes: copy it elsewhere first"
+        raise UserError(f"--init {settings.init!r} {reason}")
     lock = FolderLock(folder)
     if launch.rank == 0 and settings.resume and folder.is_dir():
         lock.take()  # before the checkpoint is read
@@ -62,11 +66,13 @@ def main(argv: list[str]) -> None:
     if checkpoint is not None:
         resume.check(checkpoint, path, settings, len(dataset))
     if launch.rank == 0:
-        prepare(folder, lock, resume=settings.resume, overwrite=settings.overwrite)
+        claim(folder, lock, settings.resume, settings.overwrite)
         setup.announce(settings, folder, dataset, launch, checkpoint)
         setup.advise(settings, len(dataset))
     if settings.pack is not None:
         dataset = store.pack(dataset, settings.dataset_root, settings.pack, settings.num_workers)
+    if launch.rank == 0:
+        clear(folder, settings.resume, settings.overwrite)
     settings.resume = settings.overwrite = False  # how this process began is no part of the run
     with launch:
         train(settings, launch, folder, dataset, monitor, checkpoint)

@@ -36,7 +36,7 @@ class UserError(Exception):
 
 def guard(main: Callable[[list[str]], None]) -> None:
     """Run a script's `main`: an error the user can fix becomes one line and exit status 2."""
-    streams = sys.stdout, sys.stderr
+    streams = _open_stream(sys.stdout), _open_stream(sys.stderr)
     sys.stdout, sys.stderr = map(_Messages, streams)
     try:
         main(sys.argv[1:])
@@ -56,7 +56,15 @@ def guard(main: Callable[[list[str]], None]) -> None:
         sys.stdout, sys.stderr = streams
 
 
+def _open_stream(stream: TextIO | None) -> TextIO:
+    """A stream that takes names of any bytes; the null device for one that is closed."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+    return stream or open(os.devnull, "w")  # noqa: SIM115
+
+
 # What libraries of a GPU say that get no memory; cuDNN finds no engine without a place to work in.
+NO_HOST_MEMORY = r"DefaultCPUAllocator: (can't allocate|not enough) memory"
 NO_MEMORY = r"CUDA error: out of memory|STATUS_ALLOC_FAILED|unable to find an engine"
 
 
@@ -68,6 +76,8 @@ def _remedy(error: RuntimeError) -> str | None:
         asked = f", which was asked for {asked[1]} more" if asked else ""
         smaller = "a smaller --batch_size (of test.py --eval_batch_size)"
         return f"a GPU is out of memory{asked}: use {smaller}, or more GPUs"
+    if re.search(NO_HOST_MEMORY, text):
+        return "this machine is out of memory: use a smaller --batch_size, --crop or --feature_dim"
     if "no kernel image" in text:
         return "PyTorch has no kernels for this GPU: install another build (docs/devices.md)"
     return None

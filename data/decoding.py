@@ -89,14 +89,18 @@ def to_8_bits(image: Image.Image, pixels: Pixels) -> Image.Image:
 def split_bands(bands: np.ndarray, pixels: Pixels) -> list[Image.Image]:
     """Bands (H, W, C) of any type as C images of mode F, from 0 to 255; one band makes three."""
     low, high = (0, 255) if bands.dtype == np.uint8 else pixels.value_range or guess_range(bands)
-    scaled = (np.nan_to_num(bands.astype(np.float32)) - low) * (255 / (high - low))
+    known = np.nan_to_num(bands.astype(np.float32), nan=low, posinf=high, neginf=low)
+    scaled = (known - low) * (255 / (high - low))
     planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(scaled, 2, 0)]
     return planes * pixels.channels if len(planes) == 1 else planes
 
 
 def guess_range(values: np.ndarray) -> tuple[float, float]:
     """The range of which some values are: of 12 or 16 bits, from 0 to 1, or their own."""
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    values = values[np.isfinite(values)]
+    if not values.size:  # as of a tile without data
+        return 0.0, 1.0
+    low, high = float(values.min()), float(values.max())
     if low < 0:
         return low, max(high, low + 1)
     if values.dtype.kind == "f":
@@ -177,6 +181,10 @@ def _read_tiff(file: BinaryIO) -> np.ndarray:
 
 def _bands(values: np.ndarray, channels: int) -> np.ndarray:
     """Values (H, W), (H, W, C) or (C, H, W) as (H, W, C)."""
+    if values.dtype == bool:
+        values = values.astype(np.uint8) * 255
+    if values.dtype.kind not in "uif":
+        raise ValueError(f"its values are of type {values.dtype}")
     if values.ndim == 2:
         values = values[..., None]
     taken = {channels, 1} if channels == 3 else {channels}

@@ -1,6 +1,7 @@
 """The built-in data set: ten families of textures, made from random numbers on first use."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from data.arrays import ArrayImages
 from data.base import Size
+from utils import warn
 
 NAME = "shapes"
 SIDE = 40  # px
@@ -49,6 +51,8 @@ def matches(root: str) -> bool:
 
 
 def open_split(root: str, split: str, size: Size) -> ArrayImages:
+    if Path(NAME).is_dir():
+        warn(f"{NAME} stands for the built-in images: the folder here is ./{NAME}")
     images, labels = make_shapes(COUNT[split], seed=1 if split == "test" else 0)
     return ArrayImages(NAME, images, labels, CLASSES, size)
 

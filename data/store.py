@@ -158,7 +158,8 @@ def pack(dataset: Dataset, root: str, where: str, num_workers: int | str) -> Dat
 def checksum(dataset: FolderImages, root: str) -> str:
     """SHA-256 over each image's path below `root`, size and time: what a store is made from."""
     digest = hashlib.sha256()
-    start = len(str(Path(root)))
+    above = str(Path(root))
+    start, before = (0, "/") if above == "." else (len(above), "")  # paths begin without the dot
     for index in utils.progress(range(len(dataset)), "looking for changes"):
         path = dataset.paths[index]
         try:
@@ -166,7 +167,7 @@ def checksum(dataset: FolderImages, root: str) -> str:
             state = f"{stat.st_size} {int(stat.st_mtime)}"
         except OSError:
             state = "unreadable"
-        digest.update(os.fsencode(f"{path[start:]}\0{state}\n"))
+        digest.update(os.fsencode(f"{before}{path[start:]}\0{state}\n"))
     return digest.hexdigest()
 
 

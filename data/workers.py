@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
@@ -60,6 +61,10 @@ def fetch_all(
     except Stopped:
         _end_workers()  # or PyTorch would wait for each that hangs
         raise
+    except OSError as error:  # no more processes or files, as ulimit says
+        sys.unraisablehook = lambda _: None  # PyTorch's half-made loader would complain at the exit
+        reason = f"the processes that decode images cannot be started: {error.strerror}"
+        raise UserError(f"{reason}: use fewer than --num_workers {num_workers}") from None
     except RuntimeError as error:
         if re.search(NO_ROOM, str(error)):
             reason = f"{SHARED} is full, so the processes that decode images cannot hand them over"
@@ -112,13 +117,13 @@ def _start(
             pin_memory=pin,
             generator=torch.Generator(),  # or it would draw from the global stream
         )
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)  # the last one runs first: before multiprocessing's
         iterator = iter(loader)
     on_main_thread = threading.current_thread() is threading.main_thread()
     if hasattr(signal, "SIGCHLD") and on_main_thread:
         # PyTorch's would raise in the middle of a step when a worker dies: the next batch tells
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-    atexit.unregister(_end_workers)
-    atexit.register(_end_workers)  # what is registered last runs first: before multiprocessing's
     return iterator
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, verified when read, never executed."""
 
 import contextlib
+import os
 import pickle
 import re
 import time
@@ -47,6 +48,8 @@ def load(path: str | Path, bare: bool = False) -> dict[str, Any]:
 
 def read(path: str | Path) -> Any:
     """What torch.save wrote, if the checksums are right, which torch.load does not verify."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UserError(f"checkpoint {str(path)!r} is a pipe or a device: name a file")
     try:
         Path(path).open("rb").close()
     except OSError as error:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -121,6 +122,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             usage=usage, description=description, formatter_class=plain, allow_abbrev=False
         )
+        # what is a value and no flag; argparse's own takes -1e-5 for a flag
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')} (see --help)")

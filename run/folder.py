@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -55,29 +56,43 @@ class FolderLock:
         self._lock.release(force=True)
 
 
-def prepare(folder: Path, lock: FolderLock, resume: bool, overwrite: bool) -> None:
-    """Create and lock a run's folder; an earlier run there is continued, deleted, or refused.
+def claim(folder: Path, lock: FolderLock, resume: bool, overwrite: bool) -> None:
+    """Create and lock a run's folder; UserError for an earlier run there without either flag.
 
     Raises UserError, too, if the folder is in use or cannot be written.
     """
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock.take()
         files = [folder / "config.yaml", folder / "log.csv", *folder.glob("checkpoints/*.pth.tar")]
         if any(path.exists() for path in files) and not (resume or overwrite):
             remedy = "continue it with --resume, replace it with --overwrite, or name another"
             raise UserError(f"{str(folder)!r} holds an earlier run: {remedy} --exp_version")
+    check_writable(folder, "--output_root")
+
+
+def clear(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Delete an earlier run, if that is asked for, and what one that was killed left half written.
+
+    It comes after everything that can still go wrong before the first step.
+    """
+    with _writing(folder):
         for name in OF_A_RUN if overwrite else ():
             _remove(folder / name)
         if not resume:
             _remove(folder / "unreadable.txt")
         (folder / "checkpoints").mkdir(exist_ok=True)
         for temporary in (*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp")):
-            temporary.unlink(missing_ok=True)  # of a run that was killed while it wrote
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         reason = f"{str(folder)!r} cannot be written: {error.strerror or error}"
         raise UserError(f"{reason}: choose another --output_root") from None
-    check_writable(folder, "--output_root")
 
 
 def _remove(path: Path) -> None:

@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 from utils import UserError, read_csv, warn, write_csv
 
@@ -28,6 +29,7 @@ class Lines:
         whole = content[: content.rfind(b"\n") + 1]
         self.path, self.lines = path, os.fsdecode(whole).split("\n")[:-1]
         self._size, self._waiting = len(whole), b""
+        self._first = b""  # the first line, of a file that has a header
 
     def append(self, line: str) -> None:
         """Write a line, or warn, once, that it must wait."""
@@ -39,10 +41,22 @@ class Lines:
             if first:
                 warn(f"{error}: will retry with the next line")
 
+    def _mend(self, file: BinaryIO) -> None:
+        """Somebody cut the file short, or deleted it: keep its whole lines, and the first."""
+        file.seek(0)
+        content = file.read()
+        whole = content[: content.rfind(b"\n") + 1] or self._first
+        file.truncate(0)
+        file.write(whole)
+        self._size = len(whole)
+        warn(f"{str(self.path)!r} was deleted or cut short: the lines that are missing are lost")
+
     def flush(self, to_disk: bool = False) -> None:
         """Write what waits, to outlive a power cut if `to_disk`; UserError if that fails."""
         try:
-            with open(self.path, "ab") as file:
+            with open(self.path, "a+b") as file:
+                if file.tell() < self._size:
+                    self._mend(file)
                 start = min(self._size, file.tell())
                 file.truncate(start)  # drop half a line, of a try that failed
                 file.write(self._waiting)
@@ -83,6 +97,7 @@ class Log(Lines):
         kept = [row for row in rows if row[columns.index("step")] <= step]
         write_csv(path, columns, [[f"{value:.10g}" for value in row] for row in kept])
         super().__init__(path)
+        self._first = os.fsencode(",".join(columns)) + b"\n"
 
     def add(self, row: dict[str, float]) -> None:
         self.append(",".join(f"{row[name]:.10g}" for name in self.columns))

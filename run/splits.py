@@ -4,6 +4,7 @@ A batch is split into groups as torch.chunk does it, 256 over 6 into 43 x 5 + 41
 holds equally many neighbouring groups. In evaluation each device holds one chunk.
 """
 
+import itertools
 from typing import TYPE_CHECKING
 
 from utils import UserError
@@ -55,9 +56,10 @@ def resolve_bn_groups(bn_groups: int | str, batch_size: int, launch: "Launch") -
         groups = next((count for count in large if fits(batch_size, count, launch)), 1)
     if fits(batch_size, groups, launch):
         return groups
-    counts = range(devices, batch_size // 2 + 1, devices)
-    fitting = [count for count in counts if fits(batch_size, count, launch)]
-    near = sorted(sorted(fitting, key=lambda count: abs(count - groups))[:2])
+    counts = range(devices, min(batch_size // 2, 2 * groups + devices) + 1, devices)
+    counts = sorted(counts, key=lambda count: abs(count - groups))
+    fitting = (count for count in counts if fits(batch_size, count, launch))
+    near = sorted(itertools.islice(fitting, 2))
     numbers = " or ".join(map(str, near))
     remedy = f"use --bn_groups {numbers}, or another batch size" if near else "use a larger batch"
     raise UserError(

@@ -125,7 +125,7 @@ def test_a_saved_configuration_reads_back(tmp_path: Path):
         (["--precision", "fp8"], "'auto', 'fp32', 'bf16', 'fp16', 'fp64'"),
         (
             ["--bn_groups", "0"],
-            "--bn_groups: '0' is not valid: it must be a whole number from 1 up",
+            "--bn_groups: '0' is not valid: it must be a whole number from 1 to 4096",
         ),
         (["--seed", "-1"], "--seed: '-1'"),
         (["--shufle_bn"], "did you mean --shuffle_bn"),

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import utils
-from run.folder import FolderLock, path_of, prepare
+from run.folder import FolderLock, claim, clear, path_of
 from run.signals import StopSignal
 from utils import UserError
 
@@ -36,7 +36,7 @@ time.sleep(60)
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "a\0b", "x" * 201, "\u732b" * 67])
 def test_a_name_that_is_no_folder_s_is_refused(name: str) -> None:
     for names in ((name, "v1"), ("DATA", name)):
-        with pytest.raises(UserError, match="leave out / and keep it short"):
+        with pytest.raises(UserError, match="use plain letters, no /"):
             path_of("out", *names)
     assert path_of("any/path", "DATA", "v 1") == Path("any/path/DATA/v 1")
 
@@ -119,6 +119,11 @@ def test_a_lock_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / ".lock").mkdir()
     with pytest.raises(UserError, match="cannot be written: Is a directory"):
         FolderLock(tmp_path).take()
+
+
+def prepare(folder: Path, lock: FolderLock, resume: bool, overwrite: bool) -> None:
+    claim(folder, lock, resume, overwrite)
+    clear(folder, resume, overwrite)
 
 
 def test_an_earlier_run_is_continued_deleted_or_refused(tmp_path: Path) -> None:
