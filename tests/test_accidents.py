@@ -180,7 +180,7 @@ def test_a_rank_without_torchrun(made: Path, rank: str, monkeypatch: pytest.Monk
 
 def test_a_group_count_that_fits_is_found_at_once() -> None:
     done = run("train", "--dataset_root=shapes", "--batch_size=10_000_000", "--bn_groups=4001")
-    assert_one_line_error(done, "--bn_groups 3999 or 4000")
+    assert_one_line_error(done, "--bn_groups 4000 or 4002")
 
 
 def process(command: list[str], before: str = "", after: str = "") -> subprocess.CompletedProcess:
