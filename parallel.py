@@ -46,9 +46,6 @@ def open_launch(name: str = "auto") -> "Launch":
     if not several_processes():
         several = device == torch.device("cuda") and gpus > 1
         return Replicas(torch.device("cuda:0"), gpus) if several else OneDevice(device)
-    given = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")]
-    if not all(map(str.isdigit, given)):
-        raise UserError(f"RANK, WORLD_SIZE, MASTER_PORT are {given}: use torchrun, or unset them")
     if device.type == "mps":
         raise UserError("torchrun does not run on mps: use --device cpu, or plain python")
     if device.type == "cuda":
@@ -56,7 +53,10 @@ def open_launch(name: str = "auto") -> "Launch":
             raise UserError(f"--device {name!r} is one GPU for all torchrun processes: use cuda")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= gpus:
-            raise UserError(f"there are {gpus} GPUs here for torchrun: use --nproc_per_node={gpus}")
+            raise UserError(f"more processes than GPUs are here: use --nproc_per_node={gpus}")
+    given = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")]
+    if not all(map(str.isdigit, given)):
+        raise UserError(f"RANK, WORLD_SIZE, MASTER_PORT are {given}: use torchrun, or unset them")
     return Processes(device)
 
 

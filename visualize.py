@@ -76,9 +76,9 @@ def main(argv: list[str]) -> None:
     if settings.redraw and not drawn:
         raise UserError(f"--redraw finds nothing in {str(results / 'data')!r}: leave it out")
     files = {name: results / FILES[name] for name in drawn}
-    pictures, trusted = {}, not settings.redraw
+    pictures = {}
     for name in drawn:
-        with style.reading(data_path(results, name), trusted) as content:
+        with style.reading(data_path(results, name), not settings.redraw) as content:
             pictures[files[name]] = style.render(DRAW[name](content))
     for path, png in pictures.items():  # now that all of them could be drawn
         atomic_write(path, lambda file, png=png: file.write(png))
@@ -87,11 +87,9 @@ def main(argv: list[str]) -> None:
             warn(f"{FILES[name]} in {results} is of an earlier call")
     written = [FILES[name] for name in drawn]
     if settings.report:
-        with style.reading(data_path(results, "report"), trusted) as content:
-            page = report.report_html(content, files)
-        atomic_write(
-            results / "report.html", lambda file: file.write(page.encode(errors="replace"))
-        )
+        with style.reading(data_path(results, "report"), not settings.redraw) as content:
+            page = report.report_html(content, files).encode(errors="replace")
+        atomic_write(results / "report.html", lambda file: file.write(page))
         written.append("report.html")
     say(f"written  {results}/{', '.join(written)}")
 
@@ -281,14 +279,9 @@ def collect_views(settings: VisualizeSettings, training: TrainSettings) -> dict[
     resize = training.resize
     if resize != "auto" and resize < max(height_width(training.crop)):
         resize = "auto"  # the run's own images were smaller than its crop, these may be larger
-    images = dataloader.open_dataset(
-        settings.dataset_root,
-        "train",
-        fit="square",
-        resize=resize,
-        crop=training.crop,
-        pixels=config.pixels_of(training),
-    )
+    size = {"fit": "square", "resize": resize, "crop": training.crop}
+    pixels = config.pixels_of(training)
+    images = dataloader.open_dataset(settings.dataset_root, "train", **size, pixels=pixels)
     chosen = style.choose_images(images.labels, 6, generator(settings.seed, "views"))
     batch = images.fetch(chosen)
     grid = images.resize if images.native == images.resize else None

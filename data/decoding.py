@@ -89,7 +89,7 @@ def to_8_bits(image: Image.Image, pixels: Pixels) -> Image.Image:
 def split_bands(bands: np.ndarray, pixels: Pixels) -> list[Image.Image]:
     """Bands (H, W, C) of any type as C images of mode F, from 0 to 255; one band makes three."""
     low, high = (0, 255) if bands.dtype == np.uint8 else pixels.value_range or guess_range(bands)
-    known = np.nan_to_num(bands.astype(np.float32), nan=low, posinf=high, neginf=low)
+    known = np.nan_to_num(bands.astype(np.float32), posinf=high, neginf=low)
     scaled = (known - low) * (255 / (high - low))
     planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(scaled, 2, 0)]
     return planes * pixels.channels if len(planes) == 1 else planes

@@ -86,7 +86,8 @@ def test_launches_by_environment_and_devices(monkeypatch: pytest.MonkeyPatch) ->
         is type(parallel.open_launch("cpu"))
         is parallel.OneDevice
     )
-    for name, value in {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+    environment = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_PORT": "1"}
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     launch = parallel.open_launch("auto")
     assert (
