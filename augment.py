@@ -143,9 +143,9 @@ def augment(
     """
     colours = [name for name in recipe.steps if name != "grayscale" or len(recipe.mean) == 3]
     steps = ["vflip", "transpose", *colours]
-    chosen = [getattr(params, name).nonzero().squeeze(1) for name in steps]  # read on the CPU
+    sent = [getattr(params, name).nonzero().squeeze(1) for name in steps]  # read on the CPU
     numbers = params.box, params.factors[params.jitter], params.sigma[params.blur]
-    sent = _send([*chosen, *(x.to(dtype) for x in numbers), params.hflip], images.device)
+    sent = _send([*sent, *(x.to(dtype) for x in numbers), params.hflip], images.device)
     chosen, (box, factors, sigma, hflip) = sent[: len(steps)], sent[len(steps) :]
     functions = {
         "vflip": lambda planes: planes.flip(2),
@@ -168,9 +168,8 @@ def _send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Tensors, of larger types first, on a device: in one copy that no GPU has to wait for."""
     if device.type != "cuda":
         return [x.to(device) for x in tensors]
-    parts = [x.contiguous().flatten().view(torch.uint8) for x in tensors]
-    packed = torch.cat(parts).pin_memory().to(device, non_blocking=True)
-    parts = packed.split([len(part) for part in parts])
+    packed = torch.cat([x.contiguous().flatten().view(torch.uint8) for x in tensors])
+    parts = packed.pin_memory().to(device, non_blocking=True).split([x.nbytes for x in tensors])
     return [part.view(x.dtype).view(x.shape) for part, x in zip(parts, tensors, strict=True)]
 
 
