@@ -22,7 +22,8 @@ def test_loss_and_chance(tmp_path: Path) -> None:
     write_log(tmp_path, [3, 3])
     assert "chance" not in read_loss(tmp_path)  # nothing says K
     (tmp_path / "config.yaml").write_text("")
-    assert "chance" not in read_loss(tmp_path)
+    with pytest.raises(utils.UserError, match="config.yaml' holds no keys"):
+        read_loss(tmp_path)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"num_keys": 16}))
     log = read_loss(tmp_path)
     assert log["chance"] == math.log(17) and log["step"] == [1.0, 2.0] and log["drops"] == []
