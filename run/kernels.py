@@ -34,6 +34,13 @@ def _columns_of(columns, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _block(row, first, end, c, inside, columns, ROWS: tl.constexpr):
+    """Where ROWS rows of a group from `row` on lie, and which of them are before `end`."""
+    r = row + tl.arange(0, ROWS)
+    return (first + r)[:, None] * columns + c[None, :], (r < end)[:, None] & inside[None, :]
+
+
+@triton.jit
 def _total(partial, group, c, inside, columns, PARTS: tl.constexpr):
     """The two sums of a group from those of its parts: partial (groups, PARTS, 2, C)."""
     part = tl.arange(0, PARTS)[:, None]
@@ -67,9 +74,8 @@ def _sum_forward(
     one = tl.zeros((ROWS, COLUMNS), dtype)
     two = tl.zeros((ROWS, COLUMNS), dtype)
     for row in range(start, end, ROWS):
-        r = row + tl.arange(0, ROWS)
-        mask = (r < end)[:, None] & inside[None, :]
-        value = tl.load(x + (first + r)[:, None] * columns + c[None, :], mask=mask, other=0.0)
+        place, mask = _block(row, first, end, c, inside, columns, ROWS)
+        value = tl.load(x + place, mask=mask, other=0.0)
         value = tl.where(mask, value.to(dtype) - shift[None, :], 0.0)
         one += value
         two += value * value
@@ -129,9 +135,7 @@ def _normalize(
     factor = scale * tl.load(weight + c, mask=inside, other=0.0)
     offset = tl.load(bias + c, mask=inside, other=0.0)
     for row in range(start, end, ROWS):
-        r = row + tl.arange(0, ROWS)
-        mask = (r < end)[:, None] & inside[None, :]
-        place = (first + r)[:, None] * columns + c[None, :]
+        place, mask = _block(row, first, end, c, inside, columns, ROWS)
         value = tl.load(x + place, mask=mask, other=0.0).to(mean.dtype) - mean[None, :]
         tl.store(y + place, value * factor[None, :] + offset[None, :], mask=mask)
 
@@ -160,9 +164,7 @@ def _sum_backward(
     one = tl.zeros((ROWS, COLUMNS), dtype)
     two = tl.zeros((ROWS, COLUMNS), dtype)
     for row in range(start, end, ROWS):
-        r = row + tl.arange(0, ROWS)
-        mask = (r < end)[:, None] & inside[None, :]
-        place = (first + r)[:, None] * columns + c[None, :]
+        place, mask = _block(row, first, end, c, inside, columns, ROWS)
         value = tl.load(x + place, mask=mask, other=0.0).to(dtype)
         slope = tl.load(dy + place, mask=mask, other=0.0).to(dtype)
         one += slope
@@ -209,9 +211,7 @@ def _backward(
     one, two = one / count, two / count * scale
     factor = scale * tl.load(weight + c, mask=inside, other=0.0)
     for row in range(start, end, ROWS):
-        r = row + tl.arange(0, ROWS)
-        mask = (r < end)[:, None] & inside[None, :]
-        place = (first + r)[:, None] * columns + c[None, :]
+        place, mask = _block(row, first, end, c, inside, columns, ROWS)
         value = tl.load(x + place, mask=mask, other=0.0).to(dtype) - mean[None, :]
         slope = tl.load(dy + place, mask=mask, other=0.0).to(dtype)
         slope = (slope - one[None, :] - value * two[None, :]) * factor[None, :]
