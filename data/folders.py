@@ -99,8 +99,10 @@ def open_split(root: str, split: str, size: Size) -> FolderImages:
     if not found:
         raise UserError(f"{str(folder)!r} has no class folders: put its images into some")
     tell_skipped(folder, skipped)
-    if loose := sum(entry.name.lower().endswith(EXTENSIONS) for entry in os.scandir(folder)):
-        warn(f"{loose:,} images in {str(folder)!r} lie beside the class folders and are left out")
+    names = [entry.name for entry in os.scandir(folder) if entry.is_file()]
+    loose = sum(n.lower().endswith(EXTENSIONS) and not n.startswith(".") for n in names)
+    if loose:
+        warn(f"{str(folder)!r} has images beside its class folders, which are left out: {loose:,}")
     filled = [name for name, paths in found.items() if paths]
     classes = filled
     if split == "test":

@@ -108,8 +108,10 @@ def test_images_beside_class_folders_are_counted(
 ) -> None:
     write_folders(tmp_path, classes=2, train=2, test=1)
     smooth(20, 20).save(tmp_path / "train" / "loose.png")
+    (tmp_path / "train" / "._loose.png").write_bytes(b"of a Mac")
+    (tmp_path / "train" / "class0" / "folder.png").mkdir()
     assert len(open_square(tmp_path)) == 4
-    assert "1 images in" in (said := capsys.readouterr().err) and "are left out" in said
+    assert "images beside its class folders, which are left out: 1\n" in capsys.readouterr().err
 
 
 def test_a_folder_called_shapes_is_pointed_out(
