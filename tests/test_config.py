@@ -301,7 +301,7 @@ def test_several_presets_add_up_however_they_are_given(flags: list[str]) -> None
     assert train("--preset", "M0", "M3").momentum == 0.999, "a later one wins"
 
 
-LONG, DEEP, NULL = "x" * 300, "/tmp/" + "y/" * 3000, "a\0b"
+LONG, DEEP, NULL = "x" * 300, "y/" * 3000, "a\0b"
 
 
 @pytest.mark.parametrize("name", [LONG, DEEP, NULL], ids=["long", "deep", "null"])
