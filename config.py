@@ -103,6 +103,7 @@ class TrainSettings:
     device: str = RUN("auto (the fastest there is), cpu, cuda, cuda:N or mps", trait=MAY_CHANGE)
     precision: Precision = RUN("auto: bf16, or fp16, where the hardware computes in it, else fp32")
     compile: bool = RUN("compile the encoders with torch.compile", trait=MAY_CHANGE)
+    cuda_graph: bool = RUN("launch each encoder as one CUDA graph", trait=MAY_CHANGE)
     seed: int = RUN("same seed, same curve")
     log_every: int = RUN("steps between rows of log.csv", 1, trait=MAY_CHANGE)
     save_weight_epoch: int = RUN("epochs between checkpoints of their own", 1, trait=MAY_CHANGE)

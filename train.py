@@ -14,7 +14,7 @@ last save was; Ctrl-C and SIGTERM finish the step and save first.
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -190,14 +190,23 @@ def load_first_weights(moco: MoCo, settings: TrainSettings) -> None:
 
 
 def spread(moco: MoCo, settings: TrainSettings, launch: Launch) -> None:
-    """Let the encoders run on all devices, compiled if they are to be."""
+    """Let the encoders run on all devices; compiled, and as CUDA graphs, if they are to be."""
     if settings.compile:
-        compile_encoders(moco, settings, launch)
+        say("compiling the encoders, which may take minutes")
+        change_encoders("compile", compute.compile_encoder, moco, settings, launch)
+    if settings.cuda_graph:
+        change_encoders("cuda_graph", compute.graph_encoder, moco, settings, launch)
     launch.attach(moco, settings.batch_size, settings.bn_groups)
 
 
-def compile_encoders(moco: MoCo, settings: TrainSettings, launch: Launch) -> None:
-    """torch.compile for both encoders, or a warning why not."""
+def change_encoders(
+    flag: str,
+    change: Callable[[torch.nn.Module, torch.Tensor, str], str | None],
+    moco: MoCo,
+    settings: TrainSettings,
+    launch: Launch,
+) -> None:
+    """Let one of `compute`'s functions change both encoders, or warn why it does not."""
     start = time.monotonic()
     rows = splits.shares(settings.batch_size, launch.devices, settings.bn_groups)[launch.rank]
     dtype = compute.precision_dtype(settings.precision)
@@ -205,10 +214,10 @@ def compile_encoders(moco: MoCo, settings: TrainSettings, launch: Launch) -> Non
     views = torch.zeros(shape, dtype=dtype, device=launch.device)
     views = views.contiguous(memory_format=torch.channels_last)
     for encoder in (moco.train().encoder_q, moco.encoder_k):
-        if reason := compute.compile_encoder(encoder, views, settings.precision):
-            warn(f"--compile failed, going on without it: {reason}")
+        if reason := change(encoder, views, settings.precision):
+            warn(f"--{flag} failed, going on without it: {reason}")
             return
-    say(f"compiled in {duration(time.monotonic() - start)}")
+    say(f"--{flag}: done in {duration(time.monotonic() - start)}")
 
 
 def learning_rate(settings: TrainSettings, epoch: float) -> float:

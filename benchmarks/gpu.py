@@ -3,9 +3,9 @@
     python benchmarks/gpu.py                 on one NVIDIA GPU, or several
     python benchmarks/gpu.py --device cpu    tries the script itself, in seven minutes
 
-Float64 over 20 steps, float32 (TF32 off) over one step, eight batch-norm groups on one GPU, and
-torchrun with one process (NCCL); on a machine with several GPUs also nn.DataParallel and torchrun
-over two of them.
+Float64 over 20 steps, the same as CUDA graphs, float32 (TF32 off) over one step, eight batch-norm
+groups on one GPU, and torchrun with one process (NCCL); on a machine with several GPUs also
+nn.DataParallel and torchrun over two of them.
 """
 
 import os
@@ -91,6 +91,9 @@ class Checks:
         cpu = self.train("cpu-fp64", double, "--device=cpu")
         gpu = self.train("gpu-fp64", double, device)
         self.check("float64, 20 steps, all of the state", difference(cpu, gpu), 1e-6)
+        if self.device != "--device=cpu":
+            graph = self.train("graph", double, self.device, "--cuda_graph")
+            self.check("CUDA graphs, float64, 20 steps", difference(gpu, graph), 1e-6)
         single = self.train("cpu-fp32", *ONE_STEP, "--device=cpu")
         other = self.train("gpu-fp32", *ONE_STEP, device)
         self.check("float32, one step from the same state", difference(single, other), 1e-3)

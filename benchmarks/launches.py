@@ -1,7 +1,7 @@
 """What a training step asks of a GPU: kernels to launch, copies, and waits of the host, by phase.
 
     python benchmarks/launches.py                        ResNet-50, 64 px, batch 256, 8 groups
-    python benchmarks/launches.py --groups 1 --compile
+    python benchmarks/launches.py --groups 1 --compile --cuda_graph
     python benchmarks/launches.py --precision fp32 --aug_plus
 
 On a GPU PyTorch's profiler sees them. On a machine without one they are counted by a stand-in for
@@ -131,16 +131,20 @@ class Step:
         self.optimizer = torch.optim.SGD(parameters, lr=0.03, momentum=0.9, fused=True)
         self.images = torch.randint(256, (args.batch, 3, 128, 128), dtype=torch.uint8)
         self.recipe = augment.recipe("v2" if args.aug_plus else "v1", args.side)
-        if args.compile:
-            self._compile(args.side)
+        for name, change in (
+            ("compile", compute.compile_encoder),
+            ("cuda_graph", compute.graph_encoder),
+        ):
+            if getattr(args, name):
+                self._change(name, change, args.side)
 
-    def _compile(self, side: int) -> None:
+    def _change(self, name: str, change: Callable[..., str | None], side: int) -> None:
         example = torch.zeros(self.batch, 3, side, side, device=self.device)
         example, start = example.contiguous(memory_format=torch.channels_last), time.monotonic()
         for encoder in (self.moco.encoder_q, self.moco.encoder_k):
-            if reason := compute.compile_encoder(encoder, example, self.precision):
-                raise utils.UserError(f"torch.compile failed: {reason}")
-        print(f"compiled in {utils.duration(time.monotonic() - start)}", flush=True)
+            if reason := change(encoder, example, self.precision):
+                raise utils.UserError(f"--{name} failed: {reason}")
+        print(f"--{name}: done in {utils.duration(time.monotonic() - start)}", flush=True)
 
     def __call__(self, phase: Callable[[str], contextlib.AbstractContextManager]) -> None:
         def named(name: str, function: Callable) -> Callable:
@@ -176,6 +180,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--keys", type=int, default=65536, help="K")
     parser.add_argument("--aug_plus", action="store_true", help="v2's augmentation")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--cuda_graph", action="store_true")
     parser.add_argument("--precision", default="auto")
     return parser.parse_args(argv)
 

@@ -8,7 +8,8 @@
 All candidates run in one process, alternating. The plain step is what the paper's pseudo-code
 costs when written down directly: two torchvision encoders in NCHW float32, an update per
 parameter, a clone of the queue, a host read of the pointer. Ours is model.MoCo in channels-last
-with the precision that --precision auto picks; with --compile also as torch.compile makes it.
+with the precision that --precision auto picks; with --compile also as torch.compile makes it, with
+--cuda_graph also as CUDA graphs.
 Where lightly is installed, its MoCo is a third candidate. Views are random and ready: the input
 path is not part of it. On a GPU TF32 and cudnn.benchmark are on for all.
 """
@@ -95,11 +96,13 @@ class OurStep:
         self.optimizer = sgd(self.moco.encoder_q, fused=True)
         self.job, self.groups, self.precision = job, groups, precision
 
-    def compile(self) -> "OurStep":
+    def changed(self, changes: list[Callable[..., str | None]]) -> "OurStep":
+        """With both encoders changed by functions of `compute`."""
         example = self.job.views()[0].contiguous(memory_format=torch.channels_last)
-        for encoder in (self.moco.encoder_q, self.moco.encoder_k):
-            if reason := compute.compile_encoder(encoder, example, self.precision):
-                raise utils.UserError(f"torch.compile failed: {reason}")
+        for change in changes:
+            for encoder in (self.moco.encoder_q, self.moco.encoder_k):
+                if reason := change(encoder, example, self.precision):
+                    raise utils.UserError(f"{change.__name__} failed: {reason}")
         return self
 
     def __call__(self, im_q: torch.Tensor, im_k: torch.Tensor) -> None:
@@ -161,12 +164,17 @@ def on_views(step: Callable, views: list[torch.Tensor]) -> Callable[[], None]:
     return run
 
 
-def compare(job: Job, groups: list[int], repeats: int, precision: str, compiled: bool) -> None:
+def compare(job: Job, args: argparse.Namespace) -> None:
     """All candidates on one job, a row each."""
+    ways: dict[str, list[Callable]] = {"": []}
+    if args.compile:
+        ways[", compiled"] = [compute.compile_encoder]
+    if args.cuda_graph:
+        ways |= {f"{way}, graphs": [*done, compute.graph_encoder] for way, done in ways.items()}
+    groups, precision, repeats = args.groups, args.precision, args.repeats
     steps: dict[str, Callable] = {"plain": PlainStep(job)}
-    steps |= {f"ours G {g}": OurStep(job, g, precision) for g in groups}
-    if compiled:
-        steps |= {f"ours G {g}, compiled": OurStep(job, g, precision).compile() for g in groups}
+    for way, changes in ways.items():
+        steps |= {f"ours G {g}{way}": OurStep(job, g, precision).changed(changes) for g in groups}
     if importlib.util.find_spec("lightly"):
         steps["lightly"] = LightlyStep(job)
     views = job.views()
@@ -249,6 +257,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--groups", type=int, nargs="+", default=[1, 8], help="batch-norm groups")
     parser.add_argument("--compile", action="store_true", help="ours compiled, too")
+    parser.add_argument("--cuda_graph", action="store_true", help="ours as CUDA graphs, too")
     parser.add_argument("--limit", action="store_true", help="only: over what the device allows")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--device", default="auto")
@@ -259,7 +268,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     device = compute.pick_device(args.device)
-    precision = compute.pick_precision(args.precision, device)
+    precision = args.precision = compute.pick_precision(args.precision, device)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     name = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
@@ -277,7 +286,7 @@ def main(argv: list[str]) -> None:
         print_header("job", "step", "speed, plain = 1", costs, "images/s")
         standard = [Job(*sizes, args.keys[0], device) for sizes in JOBS]
         for each in [job] if args.arch else standard:
-            compare(each, args.groups, args.repeats, precision, args.compile)
+            compare(each, args)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import re
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -158,19 +159,46 @@ def compile_encoder(encoder: nn.Module, example: Tensor, precision: str) -> str 
 
     Names and weights stay. Returns None, or why it failed; then the encoder runs as before.
     """
-    state = {name: value.clone() for name, value in encoder.state_dict().items()}
-    trained = any(parameter.requires_grad for parameter in encoder.parameters())
     encoder.compile(dynamic=False)
     try:
-        with torch.set_grad_enabled(trained):
-            with autocast(precision, example.device):
-                out = encoder(example)
-            if trained:
+        with _trial(encoder), autocast(precision, example.device):
+            out = encoder(example)
+            if out.requires_grad:
                 out.float().sum().backward()
-        reason = None
     except Exception as error:  # a missing compiler, a kernel that cannot be made: there are many
         encoder._compiled_call_impl = None
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    encoder.zero_grad(set_to_none=True)
-    encoder.load_state_dict(state)
-    return reason
+        return _in_short(error)
+
+
+def graph_encoder(encoder: nn.Module, example: Tensor, precision: str) -> str | None:
+    """Record an encoder's kernels as CUDA graphs: one launch forward, and one backward.
+
+    They hold for one backward pass a forward pass, in training, on inputs such as the example
+    (N, 3, H, W). Else as `compile_encoder`, whose kernels they can be.
+    """
+    # gradients of the recorded kernels come on the stream of the recording, for which PyTorch waits
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
+    dtype = AUTOCAST.get(precision)
+    recording = torch.autocast("cuda", dtype=dtype, enabled=bool(dtype), cache_enabled=False)
+    try:
+        with _trial(encoder), recording:
+            torch.cuda.make_graphed_callables(encoder, (example,))
+    except Exception as error:  # an encoder that waits for the GPU, too little memory, ...
+        return _in_short(error)
+    encoder._compiled_call_impl = None  # it would compile the graphs' launch
+
+
+@contextlib.contextmanager
+def _trial(encoder: nn.Module) -> Iterator[None]:
+    """With gradients if the encoder is trained; it leaves no trace in its state."""
+    state = {name: value.clone() for name, value in encoder.state_dict().items()}
+    try:
+        with torch.set_grad_enabled(any(p.requires_grad for p in encoder.parameters())):
+            yield
+    finally:
+        encoder.zero_grad(set_to_none=True)
+        encoder.load_state_dict(state)
+
+
+def _in_short(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -64,6 +64,10 @@ def check_flags(settings: TrainSettings, launch: Launch) -> None:
         raise UserError("--tensorboard needs a package: pip install tensorboard")
     if settings.compile and launch.devices > launch.processes:
         raise UserError("--compile does not work with nn.DataParallel: use torchrun")
+    if settings.cuda_graph and (launch.device.type != "cuda" or launch.devices > launch.processes):
+        raise UserError("--cuda_graph needs a GPU, and torchrun for several: leave it out")
+    if settings.cuda_graph and settings.symmetric:  # two passes forward, then two backward
+        raise UserError("--cuda_graph does not work with --symmetric: leave one out")
     if settings.knn_root is not None and not settings.knn_every:
         raise UserError(f"--knn_root {settings.knn_root!r} needs --knn_every: give it, too")
     smallest, largest = settings.crop_scale

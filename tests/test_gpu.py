@@ -42,6 +42,26 @@ def test_a_step_and_the_first_queue_wait_for_nothing(
         assert MAY_WAIT & set(stack), stack
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--device=cuda", "--symmetric"], "does not work with --symmetric: leave one out"),
+        (["--device=cpu"], "needs a GPU"),
+    ],
+)
+def test_what_no_cuda_graph_can_hold_is_said(
+    flags: list[str],
+    words: str,
+    folders: Path,
+    tmp_path: Path,
+    gpu: PretendedGPU,  # noqa: F811
+) -> None:
+    with gpu:
+        done = pretrain(folders, tmp_path, "--cuda_graph", *flags)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and not list(tmp_path.glob("*/*"))
+
+
 @pytest.mark.parametrize("how", ["item", "nonzero", "mask", "other device"])
 def test_a_step_that_waits_is_seen(
     how: str,

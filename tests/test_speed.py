@@ -1,14 +1,17 @@
-"""What makes a step fast changes no result: compiled encoders, bfloat16 within a tolerance."""
+"""What makes a step fast changes no result: compilation, CUDA graphs, bfloat16 in a tolerance."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
 from scripts import run
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import utils
-from model import GroupBatchNorm2d
+from model import GroupBatchNorm2d, MoCo, contrastive_loss
 from run import checkpoints, compute
 
 CPU = torch.device("cpu")
@@ -41,6 +44,89 @@ def test_a_compiled_encoder_is_the_same_encoder() -> None:
         assert torch.allclose(
             value.double(), compiled.state_dict()[name].double(), rtol=0, atol=1e-12
         ), name
+
+
+class RecordedGraph:
+    """A CUDA graph for tensors on the CPU: what was recorded runs again, in the same memory."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for function, args, kwargs, before in self.calls:
+            now = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(before), tree_leaves(now), strict=True):
+                if isinstance(old, torch.Tensor) and old is not new:
+                    old.copy_(new)
+
+
+class Recording(TorchDispatchMode):
+    def __init__(self, graph: RecordedGraph, **options) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        self.graph.calls.append((function, args, kwargs or {}, out))
+        return out
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for place, name, value in (
+        (torch.cuda, "CUDAGraph", RecordedGraph),
+        (torch.cuda, "graph", Recording),
+        (torch.cuda, "Stream", lambda: None),
+        (torch.cuda, "stream", contextlib.nullcontext),
+        (torch.cuda, "synchronize", lambda: None),
+        (torch.cuda.graphs, "graph_pool_handle", lambda: None),
+    ):
+        monkeypatch.setattr(place, name, value)
+
+
+@pytest.mark.parametrize("way", ["plain", "compiled"])
+def test_encoders_as_graphs_train_to_the_same_numbers(graphs: None, way: str) -> None:
+    """Weights, statistics and queue after five steps, with evaluation in between."""
+    ends, generator = [], torch.Generator().manual_seed(0)
+    views = torch.randn(5, 2, 8, 3, 8, 8, dtype=torch.float64, generator=generator)
+    for as_graph in (False, True):
+        torch.manual_seed(0)
+        moco = MoCo(small(), feature_dim=4, num_keys=16, momentum=0.9, bn_groups=2).double()
+        optimizer = torch.optim.SGD(moco.encoder_q.parameters(), lr=0.1, momentum=0.9)
+        for encoder in (moco.train().encoder_q, moco.encoder_k):
+            if way == "compiled":
+                assert compute.compile_encoder(encoder, views[0, 0], "fp64") is None
+            if as_graph:
+                assert compute.graph_encoder(encoder, views[0, 0].clone(), "fp64") is None
+        for im_q, im_k in views:
+            logits, labels, keys = moco(im_q, im_k, shuffle=torch.arange(8).flip(0))
+            optimizer.zero_grad(set_to_none=True)
+            contrastive_loss(logits, labels).backward()
+            optimizer.step()
+            moco.enqueue(keys)
+            moco.eval().encoder_q(im_q[:3])  # of another size
+            moco.train()
+        ends.append(moco.state_dict())
+    for name, value in ends[0].items():
+        assert torch.allclose(value, ends[1][name], rtol=0, atol=1e-12), name
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_graph_that_cannot_be_recorded_leaves_the_encoder_as_it_was(
+    graphs: None, trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave = Recording.__exit__
+
+    def fail(self, *args) -> None:
+        leave(self, None, None, None)
+        raise RuntimeError("operation not permitted\nwhile recording")
+
+    encoder, x = small(trained), torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    monkeypatch.setattr(Recording, "__exit__", fail)
+    reason = compute.graph_encoder(encoder, x.clone(), "fp64")
+    assert reason == "RuntimeError: operation not permitted while recording"
+    assert torch.equal(encoder(x), small(trained)(x))
 
 
 @pytest.mark.parametrize("trained", [True, False])
