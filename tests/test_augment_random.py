@@ -142,6 +142,17 @@ def test_rows_of_the_batch_are_the_batch_of_rows(version: str, dtype: torch.dtyp
         assert torch.equal(augment(images[index], params.rows(index), made, dtype), whole[index])
 
 
+@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_several_views_at_once_are_the_views_one_by_one(version: str, channels: int) -> None:
+    made, images = recipe(version, 32, vflip=0.5, rotate90=0.5), pictures(7, 48, channels)
+    several = [draw(torch.linspace(0.5, 2, 7), made, seeded(seed)) for seed in (1, 2, 3)]
+    assert len({params.order for params in several}) == 3
+    views = augment(images, several, made).chunk(3)
+    for params, view in zip(several, views, strict=True):
+        assert torch.equal(view, augment(images, params, made))
+
+
 def test_a_row_ignores_the_aspect_of_the_others() -> None:
     aspect = torch.linspace(0.1, 9, 12)
     alone = torch.where(torch.arange(12) < 4, aspect, torch.ones(12))
