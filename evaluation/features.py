@@ -34,8 +34,10 @@ class Features(NamedTuple):
         return Features(self.views[:, rows], self.labels[rows])
 
     def to_device(self, device: torch.device) -> "Features":
-        """The same on a device, unless it is a GPU that has not the memory for the work on them."""
-        if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 1.5 * self.views.nbytes:
+        """The same on a device, unless it is a GPU that has not the memory for the work on them:
+        for kNN a normalised copy of the images, some blocks of similarities, and the queries."""
+        needed = self.views.nbytes + 2 * self.images.nbytes + 2**29
+        if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < needed:
             return self
         return Features(self.views.to(device), self.labels)
 

@@ -9,6 +9,7 @@ from scripts import run
 from training import pretrain
 
 import model
+from evaluation.features import Features
 
 # Functions in which numbers may leave the device, and weights go to it: not in a step.
 MAY_WAIT = {"build_model", "__post_init__", "top1", "read_means", "write_row", "save"}
@@ -112,3 +113,19 @@ def test_evaluation(folders: Path, tmp_path: Path, gpu: PretendedGPU) -> None:  
     assert done.returncode == 0, done.stderr
     names = {name for stack in gpu.waits for name in stack}
     assert {"dataset_features", "knn_hits", "train_linear"} <= names
+
+
+@pytest.mark.parametrize("views, copies", [(1, 3), (2, 4)])
+def test_features_go_to_a_gpu_that_has_the_memory_for_knn(
+    views: int,
+    copies: int,
+    gpu: PretendedGPU,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    features = Features(torch.ones(views, 1000, 64), torch.zeros(1000, dtype=torch.long))
+    enough = copies * 1000 * 64 * 4 + 2**29
+    for free, where in ((enough, "cuda"), (enough - 1, "cpu")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2**40))
+        with gpu:
+            moved = features.to_device(torch.device("cuda:0"))
+        assert moved.views.device.type == where
