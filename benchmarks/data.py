@@ -2,6 +2,7 @@
 
     python benchmarks/data.py PHOTOS             all of it, in 5 minutes
     python benchmarks/data.py PHOTOS --growth    only: packed stores of up to 1 million images
+    python benchmarks/data.py PHOTOS --cold      only: a store that no memory holds
     python benchmarks/data.py PHOTOS --detail    only: what is lost in views from a packed store
 
 PHOTOS is a folder with photographs, JPEG or PNG, anywhere below it. From them 500 x 375 JPEGs of
@@ -12,9 +13,11 @@ each view, collated. `lightly` is its MoCoV1Transform, where lightly is installe
 """
 
 import itertools
+import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -208,6 +211,41 @@ def growth(folder: Path, repeats: int) -> None:
         print_row(name, f"{ratio(own, times[first]):.3f}", f"{speed:,.0f}")
 
 
+def cold(folder: Path, repeats: int, images: int = 4096) -> None:
+    """Images from a disk whose cache has none of them, as from a store larger than the memory."""
+    count, side = 100_000, 74
+    write_store(folder / "cold", count, side)
+    rows: dict[str, list[float]] = {"advice": [], "plain": []}
+    read = {name: 0 for name in rows}
+    for repeat in range(repeats):
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(repeat))[:images]
+        for name in rows:
+            os.sync()
+            with open(folder / "cold" / "images.u8", "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            store.HAS_ADVICE = name == "advice"
+            dataset = store.open_packed(folder / "cold", Size("square", side, side))
+            before, start = bytes_read(), time.perf_counter()
+            for batch in order.split(256):
+                dataset.fetch(batch)
+            rows[name].append(time.perf_counter() - start)
+            read[name] += bytes_read() - before
+            del dataset  # or its map would hold the cache
+    print_header(
+        "store of 100,000 images, cold", "speed, plain = 1", "images/s", "read, times over"
+    )
+    for name, own in rows.items():
+        over = read[name] / (repeats * images * 3 * side**2)
+        speed = images / statistics.median(own)
+        print_row(name, f"{ratio(rows['plain'], own):.1f}", f"{speed:,.0f}", f"{over:.1f}")
+
+
+def bytes_read() -> int:
+    """What this process has made Linux read from disks."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["read_bytes"])
+
+
 def main(argv: list[str]) -> None:
     parser = build_parser(__doc__)
     parser.add_argument("photos", type=Path)
@@ -215,12 +253,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--detail", action="store_true")
+    parser.add_argument("--cold", action="store_true")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     made_by, cpu = utils.provenance(), torch.backends.cpu.get_cpu_capability()
     print(f"commit {made_by['commit']}, torch {made_by['torch']}, {cpu}; medians\n")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        if args.cold:
+            return cold(folder, repeats=5)
         if not args.growth:
             write_jpegs(args.photos, folder / "data" / "a", args.images)
         if not (args.growth or args.detail):

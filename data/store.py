@@ -6,6 +6,7 @@ whether it could be read), and `store.json`, all else, written last.
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import time
@@ -28,6 +29,7 @@ NAME = "packed"
 VERSION = 1
 ROW = np.dtype([("aspect", "<f4"), ("label", "<i4"), ("readable", "?")])
 BATCH = 64  # images that are written at once
+HAS_ADVICE = hasattr(mmap, "MADV_WILLNEED")  # not on Windows
 
 
 class PackedImages(Dataset):
@@ -42,8 +44,12 @@ class PackedImages(Dataset):
         labels = torch.from_numpy(rows["label"].astype(np.int64))
         size = replace(size, resize=about["resize"], pixels=pixels_of(about))
         super().__init__(about["name"], labels, about["classes"], size)
-        images = np.memmap(folder / "images.u8", np.uint8, "r")
-        self.images = images.reshape(len(rows), self.resize, self.resize, size.pixels.channels)
+        with open(folder / "images.u8", "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        shape = len(rows), self.resize, self.resize, size.pixels.channels
+        self.images = np.frombuffer(self._map, np.uint8).reshape(shape)
+        if HAS_ADVICE:
+            self._map.madvise(mmap.MADV_RANDOM)
         self.aspect = torch.from_numpy(rows["aspect"].copy())
         self.unreadable = dict(about["unreadable"])  # index: path
         self.source = about["source"]
@@ -54,8 +60,21 @@ class PackedImages(Dataset):
             while index in self.unreadable:  # the next that is readable stands in its place
                 failed.append(self.unreadable[index])
                 index = (index + 1) % len(self)
+        self._ask_for(indices)
         images = torch.from_numpy(self.images.take(indices.numpy(), axis=0)).permute(0, 3, 1, 2)
         return Batch(images, self.aspect[indices], self.labels[indices], failed)
+
+    def _ask_for(self, indices: Tensor) -> None:
+        """Let the disk read all of these images at once, and not each when it is needed.
+
+        The system would also read what lies beside them, which random images do not need.
+        """
+        if not HAS_ADVICE:
+            return
+        image = self.images[0].nbytes
+        for first in (indices * image).tolist():
+            start = first - first % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, start, first + image - start)
 
 
 def check_rows(rows: np.ndarray, about: dict) -> None:

@@ -57,8 +57,11 @@ def assert_same(a: Batch, b: Batch) -> None:
     assert a.failed == b.failed
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_store_gives_what_the_files_give(data: Path, num_workers: int) -> None:
+@pytest.mark.parametrize("num_workers, advice", [(0, True), (2, False)])
+def test_a_store_gives_what_the_files_give(
+    data: Path, num_workers: int, advice: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "HAS_ADVICE", advice and store.HAS_ADVICE)
     files = open_files(data)
     packed = store.pack(files, str(data), "auto", num_workers)
     folder = data.with_name("data-24px.pack")
@@ -302,13 +305,36 @@ print(len(store.pack(files, {str(images)!r}, {str(tmp_path / "store")!r}, 0)))
     assert not (tmp_path / ".store.partial").exists()
 
 
+def make_store(folder: Path, n: int, side: int) -> store.PackedImages:
+    """A store of n equal images of any pixels, whose file is there already."""
+    np.array([(1, 0, True)] * n, store.ROW).tofile(folder / "rows")
+    about = {"name": "x", "source": "", "classes": ["a"], "resize": side, "images": n}
+    return store.PackedImages(folder, about | {"unreadable": []}, Size("square", "auto", 32))
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux counts what it reads")
+def test_a_disk_reads_the_images_that_are_asked_for_and_little_else(tmp_path: Path) -> None:
+    n, side = 10_000, 40
+    with open(tmp_path / "images.u8", "wb") as file:
+        file.write(bytes(n * side * side * 3))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # out of the cache
+
+    def bytes_read() -> int:
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return int(dict(line.split(": ") for line in lines)["read_bytes"])
+
+    packed, before = make_store(tmp_path, n, side), bytes_read()
+    packed.fetch(torch.randperm(n)[:256])
+    assert bytes_read() - before < 4 * 256 * side * side * 3  # in whole pages it is 2.5 times
+
+
 def test_a_store_is_not_read_into_memory(tmp_path: Path) -> None:
     n, side = 60_000, 40  # 288 MB
     (tmp_path / "images.u8").touch()
     os.truncate(tmp_path / "images.u8", n * side * side * 3)
-    np.array([(1, 0, True)] * n, store.ROW).tofile(tmp_path / "rows")
-    about = {"name": "x", "source": "", "classes": ["a"], "resize": side, "images": n}
-    packed = store.PackedImages(tmp_path, about | {"unreadable": []}, Size("square", "auto", 32))
+    packed = make_store(tmp_path, n, side)
 
     def anonymous() -> int:
         gc.collect()
