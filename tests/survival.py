@@ -105,6 +105,11 @@ def children(process: subprocess.Popen) -> list[int]:
 
 
 def workers(process: subprocess.Popen) -> list[int]:
-    """Those of its children that decode images: others run git."""
-    commands = {n: Path(f"/proc/{n}/cmdline").read_bytes() for n in children(process)}
-    return [number for number, command in commands.items() if b".py\0" in command]
+    """Those of its children that decode images: others run git, and before that look like these."""
+
+    def name(child: int) -> str:
+        with contextlib.suppress(OSError):  # it may be gone
+            return Path(f"/proc/{child}/comm").read_text().strip()
+        return ""
+
+    return [child for child in children(process) if name(child) == "pt_data_worker"]

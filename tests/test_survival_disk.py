@@ -19,6 +19,7 @@ from survival import (
     flags,
     home,
     last,
+    rows,
     run_whole,
     started,
     wait,
@@ -150,12 +151,18 @@ def test_shared_memory_that_fills_up_is_one_line(script: str, data: Path, tmp_pa
         command += ["--linear_epochs=10000", "--linear_batch_size=16"]
     shell = ["unshare", "-m", "bash", "-c", f"{mount}exec {shlex.join(command)}"]
     with started(*shell) as process:
-        wait(process, lambda: workers(process))
-        filler = Path(f"/proc/{process.pid}/root/dev/shm/filler")
+        if script == "train":  # its first workers are those of the first queue
+            wait(process, lambda: rows(tmp_path) and workers(process))
+        filler, deadline = Path(f"/proc/{process.pid}/root/dev/shm/filler"), time.monotonic() + 120
         while process.poll() is None:
-            time.sleep(0.01)
-            with contextlib.suppress(OSError), open(filler, "ab") as file:  # it is full, or gone
-                file.write(bytes(2**20))
+            assert time.monotonic() < deadline, "it hangs"
+            with contextlib.suppress(OSError):  # it is full, or gone
+                if workers(process):
+                    with open(filler, "ab") as file:
+                        file.write(bytes(2**20))
+                else:  # without room the next epoch would start none
+                    filler.unlink()
+            time.sleep(0.005)
         said, _ = process.communicate(timeout=60)
     error = said.splitlines()[-1]
     assert process.returncode == 2 and "Traceback" not in said, said
