@@ -145,18 +145,21 @@ def augment(
     C is the number of means; one channel may stand for three. The images may be of any size, also
     squeezed. Views are normalised, channels last, on their device, without autocast. Several
     params give as many views of each image, (len(params) N, C, height, width), in few kernels.
+    Raises ValueError for params of another number of images.
     """
     params = [params] if isinstance(params, Params) else params
+    if any(len(p.box) != len(images) for p in params):
+        raise ValueError(f"{len(images)} images, and params of {[len(p.box) for p in params]}")
     size, channels = height_width(recipe.crop), len(recipe.mean)
-    box, *flips = (torch.cat([getattr(p, n) for p in params]) for n in ("box", "hflip", "vflip"))
+    box, *flips = (_joined(params, name) for name in ("box", "hflip", "vflip"))
     cuts = pixels.cuts(images.shape, box.to(dtype), *flips, size)
     scale = [torch.tensor(x, dtype=dtype)[:, None, None, None] for x in (recipe.mean, recipe.std)]
     steps = _steps(params, recipe, dtype)
-    numbers = [numbers for _, _, numbers in steps]
-    cuts, (mean, std), *numbers = _send([cuts, scale, *numbers], images.device)
+    arguments = [arguments for _, _, arguments in steps]
+    cuts, (mean, std), *arguments = _send([cuts, scale, *arguments], images.device)
     with torch.autocast(images.device.type, enabled=False):
         planes = pixels.crop(images, *cuts, size).expand(channels, -1, -1, -1).contiguous()
-        for (change, rows, _), (index, *more) in zip(steps, numbers, strict=True):
+        for (change, rows, _), (index, *more) in zip(steps, arguments, strict=True):
             some = planes[:, rows]
             if 0 < len(index) < some.shape[1]:
                 chosen = some.index_select(1, index)
@@ -171,15 +174,14 @@ def augment(
 def _steps(
     params: Sequence[Params], recipe: Recipe, dtype: torch.dtype
 ) -> list[tuple[Callable[..., None], slice, list[Tensor]]]:
-    """What happens to the views after the crop: functions that change them in place.
+    """The changes after the crop, in order, each in place.
 
-    With each the rows that are its business, the numbers of those among them that it changes, and
-    what else it takes.
+    A change is a function, the rows of the views that it may change, and on the CPU the indices
+    of those among them that it does change, with what else it takes.
     """
     n, colour = len(params[0].box), len(recipe.mean) == 3
     names = ("transpose", "grayscale", "blur")
-    chosen = {name: torch.cat([getattr(p, name) for p in params]) for name in names}
-    index = {name: rows.nonzero().squeeze(1) for name, rows in chosen.items()}
+    index = {name: _joined(params, name).nonzero().squeeze(1) for name in names}
     steps = [(pixels.transpose, slice(None), [index["transpose"]])]
     for name in recipe.steps:
         if name == "blur":
@@ -192,16 +194,21 @@ def _steps(
             works = [s > 0 and (colour or i < 2) for i, s in enumerate(recipe.jitter)]
             for i, p in enumerate(params):
                 change = partial(pixels.jitter, order=[JITTER[j] for j in p.order if works[j]])
-                numbers = [p.jitter.nonzero().squeeze(1), p.factors[p.jitter].to(dtype)]
-                steps.append((change, slice(i * n, (i + 1) * n), numbers))
+                arguments = [p.jitter.nonzero().squeeze(1), p.factors[p.jitter].to(dtype)]
+                steps.append((change, slice(i * n, (i + 1) * n), arguments))
     return steps
 
 
+def _joined(params: Sequence[Params], name: str) -> Tensor:
+    return torch.cat([getattr(p, name) for p in params])
+
+
 def _send(lists: Sequence[list[Tensor]], device: torch.device) -> list[list[Tensor]]:
-    """Lists of tensors on a device: in one copy that no GPU has to wait for."""
+    """Lists of tensors on a device; on CUDA in one copy, for which the host does not wait."""
     if device.type != "cuda":
         return [[x.to(device) for x in tensors] for tensors in lists]
-    flat = sorted(chain.from_iterable(lists), key=Tensor.element_size, reverse=True)  # aligned
+    # the largest elements first, so that each part is aligned
+    flat = sorted(chain.from_iterable(lists), key=Tensor.element_size, reverse=True)
     packed = torch.cat([x.contiguous().flatten().view(torch.uint8) for x in flat])
     parts = packed.pin_memory().to(device, non_blocking=True).split([x.nbytes for x in flat])
     on_device = {id(x): p.view(x.dtype).view(x.shape) for x, p in zip(flat, parts, strict=True)}
@@ -225,7 +232,7 @@ def views(
     whole = torch.ones(n)
     whole[rows] = aspect
     params = [draw(whole, recipe, generator).rows(rows) for generator in generators]
-    if images.device.type != "cuda":  # one by one stays in the caches
+    if images.device.type != "cuda":  # one by one they stay in a CPU's caches
         return [augment(images, drawn, recipe, dtype) for drawn in params]
     return list(augment(images, params, recipe, dtype).chunk(len(params)))
 

@@ -206,16 +206,17 @@ def change_encoders(
     settings: TrainSettings,
     launch: Launch,
 ) -> None:
-    """Let one of `compute`'s functions change both encoders, or warn why it does not."""
+    """Let one of `compute`'s functions change both encoders; where it fails, warn why."""
     start = time.monotonic()
     rows = splits.shares(settings.batch_size, launch.devices, settings.bn_groups)[launch.rank]
     dtype = compute.precision_dtype(settings.precision)
     shape = rows, settings.channels, *height_width(settings.crop)
     views = torch.zeros(shape, dtype=dtype, device=launch.device)
     views = views.contiguous(memory_format=torch.channels_last)
-    for encoder in (moco.train().encoder_q, moco.encoder_k):
-        if reason := change(encoder, views, settings.precision):
-            warn(f"--{flag} failed, going on without it: {reason}")
+    moco.train()
+    for name in ("encoder_q", "encoder_k"):
+        if reason := change(getattr(moco, name), views, settings.precision):
+            warn(f"--{flag} failed for {name}, going on without it there: {reason}")
             return
     say(f"--{flag}: done in {duration(time.monotonic() - start)}")
 

@@ -2,8 +2,16 @@
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from model import MoCo
+from utils import UserError
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -28,6 +36,15 @@ def alternate(
 def ratio(times: Sequence[float], others: Sequence[float]) -> float:
     """Median of the ratios of values that were measured next to each other."""
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
+def change_encoders(
+    moco: MoCo, change: Callable[..., str | None], example: torch.Tensor, precision: str
+) -> None:
+    """Let a function of `compute` change both encoders; UserError where it fails."""
+    for encoder in (moco.encoder_q, moco.encoder_k):
+        if reason := change(encoder, example, precision):
+            raise UserError(f"{change.__name__} failed: {reason}")
 
 
 def print_header(*columns: str) -> None:

@@ -213,13 +213,15 @@ def growth(folder: Path, repeats: int) -> None:
 
 def cold(folder: Path, repeats: int, images: int = 4096) -> None:
     """Images from a disk whose cache has none of them, as from a store larger than the memory."""
+    if not Path("/proc/self/io").exists():
+        raise utils.UserError("--cold needs Linux, which counts what it reads")
     count, side = 100_000, 74
     write_store(folder / "cold", count, side)
-    rows: dict[str, list[float]] = {"advice": [], "plain": []}
-    read = {name: 0 for name in rows}
+    times: dict[str, list[float]] = {"advice": [], "plain": []}
+    read = dict.fromkeys(times, 0)
     for repeat in range(repeats):
         order = torch.randperm(count, generator=torch.Generator().manual_seed(repeat))[:images]
-        for name in rows:
+        for name in sorted(times, reverse=bool(repeat % 2)):
             os.sync()
             with open(folder / "cold" / "images.u8", "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -228,16 +230,16 @@ def cold(folder: Path, repeats: int, images: int = 4096) -> None:
             before, start = bytes_read(), time.perf_counter()
             for batch in order.split(256):
                 dataset.fetch(batch)
-            rows[name].append(time.perf_counter() - start)
+            times[name].append(time.perf_counter() - start)
             read[name] += bytes_read() - before
             del dataset  # or its map would hold the cache
-    print_header(
-        "store of 100,000 images, cold", "speed, plain = 1", "images/s", "read, times over"
-    )
-    for name, own in rows.items():
+    if not min(read.values()):
+        raise utils.UserError(f"{str(folder)!r} is in memory: set TMPDIR to a folder on a disk")
+    print_header("a cold store", "speed, plain = 1", "images/s", "bytes read, of those needed")
+    for name, own in times.items():
         over = read[name] / (repeats * images * 3 * side**2)
         speed = images / statistics.median(own)
-        print_row(name, f"{ratio(rows['plain'], own):.1f}", f"{speed:,.0f}", f"{over:.1f}")
+        print_row(name, f"{ratio(times['plain'], own):.1f}", f"{speed:,.0f}", f"{over:.1f}")
 
 
 def bytes_read() -> int:

@@ -16,10 +16,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
-from common import build_parser, print_header, print_row
+from common import build_parser, change_encoders, print_header, print_row
 from torch.profiler import ProfilerActivity, profile, record_function
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -131,20 +132,13 @@ class Step:
         self.optimizer = torch.optim.SGD(parameters, lr=0.03, momentum=0.9, fused=True)
         self.images = torch.randint(256, (args.batch, 3, 128, 128), dtype=torch.uint8)
         self.recipe = augment.recipe("v2" if args.aug_plus else "v1", args.side)
-        for name, change in (
-            ("compile", compute.compile_encoder),
-            ("cuda_graph", compute.graph_encoder),
-        ):
-            if getattr(args, name):
-                self._change(name, change, args.side)
-
-    def _change(self, name: str, change: Callable[..., str | None], side: int) -> None:
-        example = torch.zeros(self.batch, 3, side, side, device=self.device)
-        example, start = example.contiguous(memory_format=torch.channels_last), time.monotonic()
-        for encoder in (self.moco.encoder_q, self.moco.encoder_k):
-            if reason := change(encoder, example, self.precision):
-                raise utils.UserError(f"--{name} failed: {reason}")
-        print(f"--{name}: done in {utils.duration(time.monotonic() - start)}", flush=True)
+        changes = {"compile": compute.compile_encoder, "cuda_graph": compute.graph_encoder}
+        example = torch.zeros(args.batch, 3, args.side, args.side, device=device)
+        example = example.contiguous(memory_format=torch.channels_last)
+        for name in filter(partial(getattr, args), changes):
+            start = time.monotonic()
+            change_encoders(self.moco, changes[name], example, args.precision)
+            print(f"--{name}: done in {utils.duration(time.monotonic() - start)}", flush=True)
 
     def __call__(self, phase: Callable[[str], contextlib.AbstractContextManager]) -> None:
         def named(name: str, function: Callable) -> Callable:

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
-from common import alternate, build_parser, print_header, print_row, ratio
+from common import alternate, build_parser, change_encoders, print_header, print_row, ratio
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -100,9 +100,7 @@ class OurStep:
         """With both encoders changed by functions of `compute`."""
         example = self.job.views()[0].contiguous(memory_format=torch.channels_last)
         for change in changes:
-            for encoder in (self.moco.encoder_q, self.moco.encoder_k):
-                if reason := change(encoder, example, self.precision):
-                    raise utils.UserError(f"{change.__name__} failed: {reason}")
+            change_encoders(self.moco, change, example, self.precision)
         return self
 
     def __call__(self, im_q: torch.Tensor, im_k: torch.Tensor) -> None:

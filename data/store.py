@@ -4,6 +4,7 @@ A store is a folder: `images.u8` (n, S, S, C), `rows` (of each image its aspect 
 whether it could be read), and `store.json`, all else, written last.
 """
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -35,6 +36,7 @@ HAS_ADVICE = hasattr(mmap, "MADV_WILLNEED")  # not on Windows
 class PackedImages(Dataset):
     """A packed store, read in place. Its batches are those of `FolderImages`, bit for bit.
 
+    It cannot be pickled: each process opens its own.
     Raises ValueError, KeyError or TypeError if its files are not what `about` (store.json) says.
     """
 
@@ -48,8 +50,8 @@ class PackedImages(Dataset):
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         shape = len(rows), self.resize, self.resize, size.pixels.channels
         self.images = np.frombuffer(self._map, np.uint8).reshape(shape)
-        if HAS_ADVICE:
-            self._map.madvise(mmap.MADV_RANDOM)
+        if HAS_ADVICE:  # no reading ahead: the next image is anywhere
+            self._advise(mmap.MADV_RANDOM)
         self.aspect = torch.from_numpy(rows["aspect"].copy())
         self.unreadable = dict(about["unreadable"])  # index: path
         self.source = about["source"]
@@ -65,16 +67,18 @@ class PackedImages(Dataset):
         return Batch(images, self.aspect[indices], self.labels[indices], failed)
 
     def _ask_for(self, indices: Tensor) -> None:
-        """Let the disk read all of these images at once, and not each when it is needed.
-
-        The system would also read what lies beside them, which random images do not need.
-        """
+        """Have the disk read these images at once, instead of one page fault after the other."""
         if not HAS_ADVICE:
             return
-        image = self.images[0].nbytes
-        for first in (indices * image).tolist():
+        size = self.images[0].nbytes
+        for index in indices.tolist():
+            first = index % len(self) * size
             start = first - first % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_WILLNEED, start, first + image - start)
+            self._advise(mmap.MADV_WILLNEED, start, first + size - start)
+
+    def _advise(self, option: int, *where: int) -> None:
+        with contextlib.suppress(OSError):  # it is advice: without it reading is slower
+            self._map.madvise(option, *where)
 
 
 def check_rows(rows: np.ndarray, about: dict) -> None:

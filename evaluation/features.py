@@ -37,7 +37,7 @@ class Features(NamedTuple):
         """The same on a device, unless it is a GPU that has not the memory for the work on them:
         for kNN a normalised copy of the images, some blocks of similarities, and the queries."""
         needed = self.views.nbytes + 2 * self.images.nbytes + 2**29
-        if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < needed:
+        if device.type == "cuda" and compute.free_memory(device) < needed:
             return self
         return Features(self.views.to(device), self.labels)
 

@@ -147,6 +147,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if on else None
 
 
+def free_memory(device: torch.device) -> int:
+    """The bytes of a GPU that nobody uses, with those that PyTorch keeps for later."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 def has_kernels(device: torch.device) -> bool:
     """Whether run/kernels.py runs on a device: on GPUs for which Triton compiles."""
     if device.type != "cuda" or not HAS_TRITON:
@@ -180,11 +186,14 @@ def graph_encoder(encoder: nn.Module, example: Tensor, precision: str) -> str | 
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
     dtype = AUTOCAST.get(precision)
     recording = torch.autocast("cuda", dtype=dtype, enabled=bool(dtype), cache_enabled=False)
+    stream = torch.cuda.current_stream()
     try:
         with _trial(encoder), recording:
-            torch.cuda.make_graphed_callables(encoder, (example,))
+            # the graphs read their input from the example's memory, so each encoder has its own
+            torch.cuda.make_graphed_callables(encoder, (example.clone(),))
     except Exception as error:  # an encoder that waits for the GPU, too little memory, ...
-        return _in_short(error)
+        torch.cuda.set_stream(stream)  # a recording that fails leaves its own
+        return _in_short(error.__context__ or error)
     encoder._compiled_call_impl = None  # it would compile the graphs' launch
 
 

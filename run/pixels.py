@@ -19,7 +19,7 @@ def cuts(
     """Where `crop` cuts views of a size out of images of a shape (N, C, H, W), on the CPU.
 
     `box` (n, 4) are left, top, width and height as shares of the image's; n is a multiple of N.
-    Returns (n, blocks) the first line of each strip, counted over all images; the same, counted
+    Returns (n, blocks) the first row of each strip, counted over all images; the same, counted
     within its image; and (2, n, 5) the spans, down and across, that `_resampling` takes.
     """
     images, _, height, width = shape
@@ -30,15 +30,19 @@ def cuts(
     across = _span(left * width, box_width * width, out_width, hflip)
     block = torch.arange(_blocks(out_height))
     block = torch.where(vflip[:, None], block.flip(0), block) / len(block)
-    edge = top[:, None] + length[:, None] * block - down[:, 4:]
+    radius = down[:, 4:]
+    edge = top[:, None] + length[:, None] * block - radius
     first = edge.floor().long().clamp(0, height - _strip(height, out_height))
     image = torch.arange(len(box)).remainder_(max(1, images))
     return [first + height * image[:, None], first.to(box.dtype), torch.stack([down, across])]
 
 
 def _span(start: Tensor, length: Tensor, count: int, flipped: Tensor) -> Tensor:
-    """Of boxes (n,) along an axis, in pixels of the image: (n, 5) start, end, the centre of the
-    first of `count` output pixels less half a pixel, the step to the next, a filter's radius."""
+    """Boxes (n,) along an axis, in pixels of the image.
+
+    Returns (n, 5): start; end; centre of the first of `count` output pixels, less half a pixel;
+    step to the next; radius of the filter.
+    """
     step, end = length / count, start + length
     radius = step.clamp(min=1)
     centre = torch.where(flipped, end - step / 2, start + step / 2) - 0.5
@@ -57,15 +61,15 @@ def _strip(height: int, out_height: int) -> int:
 
 
 def crop(
-    images: Tensor, lines: Tensor, first: Tensor, spans: Tensor, size: tuple[int, int]
+    images: Tensor, starts: Tensor, first: Tensor, spans: Tensor, size: tuple[int, int]
 ) -> Tensor:
     """Crop, antialiased resize, flip: uint8 (N, C, H, W) -> (C, n, height, width), by `cuts`."""
     count, c, height, width = images.shape
-    strip, n = _strip(height, size[0]), len(lines)
+    strip, n = _strip(height, size[0]), len(starts)
     rows = _resampling(spans[0], size[0], first, strip).flatten(0, 1)
     zero = first.new_zeros(1, 1)  # all columns are one block, and see the whole line
     columns = _resampling(spans[1], size[1], zero, width).squeeze(1).mT
-    index = (lines[:, :, None] + torch.arange(strip, device=lines.device)).flatten()
+    index = (starts[:, :, None] + torch.arange(strip, device=starts.device)).flatten()
     if images.is_contiguous(memory_format=torch.channels_last):
         lines = images.permute(0, 2, 3, 1).reshape(count * height, width * c)
         strips = lines.index_select(0, index).view(-1, strip, width, c).permute(3, 0, 1, 2)
@@ -88,10 +92,10 @@ def _resampling(spans: Tensor, count: int, first: Tensor, pixels: int) -> Tensor
     number = torch.arange(count, device=spans.device, dtype=spans.dtype)
     centre = torch.addcmul(centre, step, number).unflatten(1, (first.shape[1], -1))
     edges = first[:, :, None] + torch.arange(pixels + 1, device=spans.device, dtype=spans.dtype)
-    weight = (edges[:, :, None, :-1] - centre[..., None]).abs_()
+    distance = (edges[:, :, None, :-1] - centre[..., None]).abs_()  # both less half a pixel
     inside = edges.clamp(start[..., None], end[..., None]).diff()
-    torch.sub(radius[..., None, None], weight, out=weight)
-    weight.clamp_(min=0).mul_(inside[:, :, None])
+    weight = torch.sub(radius[..., None, None], distance, out=distance).clamp_(min=0)
+    weight.mul_(inside[:, :, None])
     return weight.div_(weight.sum(3, keepdim=True))
 
 
@@ -104,10 +108,12 @@ def _luma(planes: Tensor) -> Tensor:
 
 
 def transpose(planes: Tensor) -> None:
+    """Swap height and width, which must be equal."""
     planes.copy_(planes.mT.clone())
 
 
 def remove_colour(planes: Tensor) -> None:
+    """The same grey in all channels."""
     planes.copy_(_luma(planes))
 
 

@@ -26,7 +26,8 @@ def resolve(settings: TrainSettings, launch: Launch, checkpoint: dict | None) ->
 
     Errors come before any work: UserError. A resumed run keeps what `auto` chose when it began.
     """
-    check_flags(settings, launch)
+    check_flags(settings)
+    check_launch(settings, launch)
     encoder = check_encoder(settings, fresh=checkpoint is None)
     for name in ("bn_groups", "precision"):
         if checkpoint is not None and getattr(settings, name) == "auto":
@@ -54,20 +55,12 @@ def resolve(settings: TrainSettings, launch: Launch, checkpoint: dict | None) ->
     return dataset
 
 
-def check_flags(settings: TrainSettings, launch: Launch) -> None:
-    """UserError for flags that are missing, or contradict each other or the launch."""
+def check_flags(settings: TrainSettings) -> None:
+    """UserError for flags that are missing, or contradict each other."""
     if settings.dataset_root is None:
         raise UserError("--dataset_root is missing: give a folder of images, or the word shapes")
-    if settings.download and launch.processes > 1:
-        raise UserError("--download is for one process: fetch the data with plain python first")
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard needs a package: pip install tensorboard")
-    if settings.compile and launch.devices > launch.processes:
-        raise UserError("--compile does not work with nn.DataParallel: use torchrun")
-    if settings.cuda_graph and (launch.device.type != "cuda" or launch.devices > launch.processes):
-        raise UserError("--cuda_graph needs a GPU, and torchrun for several: leave it out")
-    if settings.cuda_graph and settings.symmetric:  # two passes forward, then two backward
-        raise UserError("--cuda_graph does not work with --symmetric: leave one out")
     if settings.knn_root is not None and not settings.knn_every:
         raise UserError(f"--knn_root {settings.knn_root!r} needs --knn_every: give it, too")
     smallest, largest = settings.crop_scale
@@ -75,6 +68,19 @@ def check_flags(settings: TrainSettings, launch: Launch) -> None:
         raise UserError(f"--crop_scale {smallest} {largest} must rise from above 0, as 0.2 1 does")
     if settings.value_range and len(set(settings.value_range)) == 1:
         raise UserError(f"--value_range {show(settings.value_range)}: black and white must differ")
+
+
+def check_launch(settings: TrainSettings, launch: Launch) -> None:
+    """UserError for flags that do not go with the launch."""
+    if settings.download and launch.processes > 1:
+        raise UserError("--download is for one process: fetch the data with plain python first")
+    for name in ("compile", "cuda_graph"):
+        if getattr(settings, name) and launch.devices > launch.processes:
+            raise UserError(f"--{name} does not work with nn.DataParallel: use torchrun")
+    if settings.cuda_graph and launch.device.type != "cuda":
+        raise UserError(f"--cuda_graph needs a GPU, not {launch.device.type}: leave it out")
+    if settings.cuda_graph and settings.symmetric:  # two passes forward, then two backward
+        raise UserError("--cuda_graph does not work with --symmetric: leave one out")
 
 
 def check_encoder(settings: TrainSettings, fresh: bool) -> torch.nn.Module:

@@ -115,6 +115,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> PretendedGPU:
         "get_arch_list": [],
         "get_device_capability": (9, 0),
         "max_memory_allocated": 0,
+        "memory_allocated": 0,
+        "memory_reserved": 0,
         "mem_get_info": (2**40, 2**40),
         "set_device": None,
     }

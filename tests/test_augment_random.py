@@ -151,6 +151,8 @@ def test_several_views_at_once_are_the_views_one_by_one(version: str, channels: 
     views = augment(images, several, made).chunk(3)
     for params, view in zip(several, views, strict=True):
         assert torch.equal(view, augment(images, params, made))
+    with pytest.raises(ValueError, match=r"6 images, and params of \[7, 7, 7\]"):
+        augment(images[:6], several, made)
 
 
 def test_a_row_ignores_the_aspect_of_the_others() -> None:

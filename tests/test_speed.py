@@ -80,6 +80,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.cuda, "Stream", lambda: None),
         (torch.cuda, "stream", contextlib.nullcontext),
         (torch.cuda, "synchronize", lambda: None),
+        (torch.cuda, "current_stream", lambda: "own stream"),
         (torch.cuda.graphs, "graph_pool_handle", lambda: None),
     ):
         monkeypatch.setattr(place, name, value)
@@ -94,11 +95,12 @@ def test_encoders_as_graphs_train_to_the_same_numbers(graphs: None, way: str) ->
         torch.manual_seed(0)
         moco = MoCo(small(), feature_dim=4, num_keys=16, momentum=0.9, bn_groups=2).double()
         optimizer = torch.optim.SGD(moco.encoder_q.parameters(), lr=0.1, momentum=0.9)
+        example = torch.zeros_like(views[0, 0])
         for encoder in (moco.train().encoder_q, moco.encoder_k):
             if way == "compiled":
-                assert compute.compile_encoder(encoder, views[0, 0], "fp64") is None
+                assert compute.compile_encoder(encoder, example, "fp64") is None
             if as_graph:
-                assert compute.graph_encoder(encoder, views[0, 0].clone(), "fp64") is None
+                assert compute.graph_encoder(encoder, example, "fp64") is None
         for im_q, im_k in views:
             logits, labels, keys = moco(im_q, im_k, shuffle=torch.arange(8).flip(0))
             optimizer.zero_grad(set_to_none=True)
@@ -116,16 +118,23 @@ def test_encoders_as_graphs_train_to_the_same_numbers(graphs: None, way: str) ->
 def test_a_graph_that_cannot_be_recorded_leaves_the_encoder_as_it_was(
     graphs: None, trained: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    leave = Recording.__exit__
+    def wait(module: nn.Module, inputs: tuple, out: torch.Tensor) -> None:
+        if torch.utils._python_dispatch._get_current_dispatch_mode():
+            raise RuntimeError("operation not permitted\nwhile recording")
+
+    leave, streams = Recording.__exit__, []
 
     def fail(self, *args) -> None:
-        leave(self, None, None, None)
-        raise RuntimeError("operation not permitted\nwhile recording")
+        leave(self, *args)
+        raise RuntimeError("the recording was broken off")  # PyTorch says this then
 
     encoder, x = small(trained), torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    encoder[0].register_forward_hook(wait)
     monkeypatch.setattr(Recording, "__exit__", fail)
-    reason = compute.graph_encoder(encoder, x.clone(), "fp64")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    reason = compute.graph_encoder(encoder, x, "fp64")
     assert reason == "RuntimeError: operation not permitted while recording"
+    assert streams == ["own stream"]
     assert torch.equal(encoder(x), small(trained)(x))
 
 
@@ -166,7 +175,7 @@ def test_train_goes_on_without_a_compiler(tmp_path: Path, monkeypatch: pytest.Mo
     for name in ("--compile", "--no-compile"):
         done = run("train", *flags, f"--output_root={tmp_path / name}", name)
         assert done.returncode == 0 and done.stderr.count(
-            "--compile failed, going on without it: RuntimeError: no compiler"
+            "--compile failed for encoder_q, going on without it there: RuntimeError: no compiler"
         ) == (name == "--compile"), done.stderr
         ends.append(
             checkpoints.load(tmp_path / name / "IMAGENET-64/v1/checkpoints/last.pth.tar")[
