@@ -214,8 +214,9 @@ def collect_accuracies(
         "table": table,
     }
     if of_epochs:
+        dataset = style.title_of(compare.name_data(of_epochs.values()))
         collected["epochs"] = {
-            "name": f"{comparison.version} on {compare.name_data(of_epochs.values())}",
+            "name": f"{comparison.version} on {dataset}",
             "spread": spread,
             "accuracy": {epoch: compare.curves_of(found) for epoch, found in of_epochs.items()},
         }
