@@ -14,7 +14,7 @@ from weight_files import features, look_trained, our_checkpoint, published, smal
 import config
 import encoders
 from run import checkpoints
-from run.convolution import OverlapConv2d
+from run.convolution import SmallConv2d
 from utils import UserError
 
 Q = "module.encoder_q."
@@ -77,7 +77,7 @@ def test_every_convolution_is_replaced(arch: str, count: int):
     encoder = encoders.build_encoder(arch, 8, small_stem=arch == "resnet18")
     convolutions = [m for m in encoder.modules() if isinstance(m, nn.Conv2d)]
     assert len(convolutions) == count
-    assert all(type(c) is OverlapConv2d and c.weight.is_leaf for c in convolutions)
+    assert all(type(c) is SmallConv2d and c.weight.is_leaf for c in convolutions)
     assert arch != "resnet18" or isinstance(encoder.maxpool, nn.Identity)
 
 
@@ -86,13 +86,16 @@ def test_every_convolution_is_replaced(arch: str, count: int):
     [
         *[(1, 3, 1, 1), (2, 3, 2, 1), (1, 1, 1, 0), (3, 3, 1, 0), (2, 3, 1, 1)],
         *[(4, 3, 2, 1), (3, 3, 2, 1), (2, 7, 2, 3), (1, 7, 2, 3)],
+        *[(2, 3, 1, 2), (4, 1, 1, 0), (8, 1, 2, 0), (2, 1, 1, 1), (7, 3, 4, 0), (5, 3, 4, 1)],
     ],
 )
 @pytest.mark.parametrize("groups", [1, 2])
-def test_overlap_convolution_is_the_convolution(size: int, k: int, s: int, p: int, groups: int):
+def test_a_convolution_of_a_few_pixels_is_the_convolution(
+    size: int, k: int, s: int, p: int, groups: int
+):
     torch.manual_seed(0)
     plain = nn.Conv2d(4, 6, k, s, p, groups=groups).double()
-    ours = OverlapConv2d(4, 6, k, s, p, groups=groups).double()
+    ours = SmallConv2d(4, 6, k, s, p, groups=groups).double()
     ours.load_state_dict(plain.state_dict())
     x = torch.randn(5, 4, size, size, dtype=torch.float64)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
@@ -109,7 +112,7 @@ def test_overlap_convolution_is_the_convolution(size: int, k: int, s: int, p: in
 def test_gradients_in_bfloat16_are_those_of_the_weights(k: int, s: int, groups: int):
     """Of one-pixel inputs, too, whatever the memory held before."""
     torch.manual_seed(0)
-    conv = OverlapConv2d(32, 32, k, s, k // 2, groups=groups, bias=False)
+    conv = SmallConv2d(32, 32, k, s, k // 2, groups=groups, bias=False)
     conv.to(memory_format=torch.channels_last)
     x = torch.randn(125, 32, 1, 1, dtype=torch.bfloat16)
     gradients = []
@@ -125,7 +128,7 @@ def test_gradients_in_bfloat16_are_those_of_the_weights(k: int, s: int, groups: 
 
 def test_a_replacement_shares_the_parameters():
     plain = nn.Conv2d(4, 6, 3, 2, 1, groups=2, bias=True)
-    ours = OverlapConv2d.replacing(plain)
+    ours = SmallConv2d.replacing(plain)
     assert ours.weight is plain.weight and ours.bias is plain.bias
     x = torch.randn(2, 4, 9, 9)
     torch.testing.assert_close(ours(x), plain(x))
@@ -158,7 +161,7 @@ def test_published_files_are_read(version: int, arch: str, zipped: bool, tmp_pat
     content, network = published(version, arch)
     torch.save(content, tmp_path / "moco.pth.tar", _use_new_zipfile_serialization=zipped)
     loaded = encoders.load(tmp_path / "moco.pth.tar")
-    torch.testing.assert_close(features(loaded.encoder), features(network), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(features(loaded.encoder), features(network), rtol=1e-9, atol=1e-9)
     head = "MLP" if version == 2 else "linear"
     kind = f"MoCo v{version} checkpoint: {arch}, {head} head of width 128"
     assert loaded.description == kind
@@ -182,7 +185,7 @@ def test_torchvision_weights_are_read(arch: str, left_out: tuple, head: str, tmp
     torch.save(state, tmp_path / "w.pth", _use_new_zipfile_serialization=not left_out)
     loaded = encoders.load(tmp_path / "w.pth")
     plain = encoders.remove_head(network)
-    torch.testing.assert_close(features(loaded.encoder), features(plain), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(features(loaded.encoder), features(plain), rtol=1e-9, atol=1e-9)
     assert loaded.description == f"ResNet weights: {arch}, {head}"
     assert loaded.feature_dim == (None if left_out else 1000)
 

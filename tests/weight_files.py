@@ -16,7 +16,7 @@ IMAGES = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 def features(encoder: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return encoder.eval()(IMAGES)
+        return encoder.double().eval()(IMAGES.double())
 
 
 def look_trained(network: torch.nn.Module) -> torch.nn.Module:
