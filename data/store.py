@@ -148,7 +148,8 @@ def open_packed(folder: Path, size: Size) -> PackedImages:
 def pack(dataset: Dataset, root: str, where: str, num_workers: int | str) -> Dataset:
     """The store of a data set in the folder `where` ("auto": beside the data), made if need be.
 
-    Goes on where it was interrupted. Data that need no decoding are given back as they are.
+    Goes on where it was interrupted. Data that need no decoding are given back as they are. Of the
+    processes on a machine, the first asks whether the images have changed since.
     Raises UserError if the store does not fit the data set or cannot be written.
     """
     if not isinstance(dataset, FolderImages):
@@ -158,10 +159,9 @@ def pack(dataset: Dataset, root: str, where: str, num_workers: int | str) -> Dat
     if where == "auto":
         beside = Path(root).resolve()
         folder = beside.with_name(f"{beside.name}-{dataset.resize}px.pack")
-    source = checksum(dataset, root)
     try:
         if not matches(folder):
-            _make_store(dataset, folder, source, num_workers)
+            _make_store(dataset, folder, root, num_workers)
     except KeyboardInterrupt:
         utils.warn("packing was interrupted: the same command goes on where it stopped")
         raise
@@ -170,7 +170,8 @@ def pack(dataset: Dataset, root: str, where: str, num_workers: int | str) -> Dat
             f"--pack {str(folder)!r} cannot be written: {error.strerror}: name another folder"
         ) from None
     store = open_packed(folder, dataset.size)
-    if store.source != source:
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if is_first and store.source != checksum(dataset, root):
         raise UserError(
             f"the packed store {str(folder)!r} was made from other images than those that are "
             "there now: delete it to pack again, or name another --pack"
@@ -194,7 +195,7 @@ def checksum(dataset: FolderImages, root: str) -> str:
     return digest.hexdigest()
 
 
-def _make_store(dataset: FolderImages, folder: Path, source: str, num_workers: int | str) -> None:
+def _make_store(dataset: FolderImages, folder: Path, root: str, num_workers: int | str) -> None:
     """Make a store in a folder beside its own. Of several processes one does, the others wait."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
@@ -210,7 +211,7 @@ def _make_store(dataset: FolderImages, folder: Path, source: str, num_workers: i
     try:
         if not matches(folder):  # unless another process made it while we waited
             partial.mkdir(exist_ok=True)
-            _write_store(dataset, partial, source, num_workers)
+            _write_store(dataset, partial, checksum(dataset, root), num_workers)
             os.replace(partial, folder)
             utils.sync_folder(folder.parent)
     finally:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 from launches import ROOT, flags_of, run_of
+from miniature import open_square
 from scripts import free_ports
 
+from data import store
 from run import checkpoints
 
 
@@ -43,6 +45,25 @@ def test_torchrun_says_an_error_of_all_processes_once(
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "--bn_groups 2 or 4" in lines[0], err
     assert not (tmp_path / "v1_shuffled").exists()
+
+
+def test_the_first_process_finds_changed_images_for_all(
+    launch_data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, folder = tmp_path / "data", tmp_path / "packed"
+    shutil.copytree(launch_data["v1 shuffled"], data)
+    files = open_square(data, resize=33, crop=33)
+    store.pack(files, str(data), str(folder), 0)
+    os.utime(files.paths[0], (0, 0))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert len(store.pack(files, str(data), str(folder), 0)) == len(files)
+    monkeypatch.delenv("LOCAL_RANK")
+    places = launch_data | {"v1 shuffled": data}
+    process = torchrun(*flags_of("v1 shuffled", places, tmp_path), f"--pack={folder}")
+    _, err = process.communicate(timeout=120)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "made from other images" in lines[0], err
+    assert process.returncode != 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
