@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from data.base import Crop, height_width
 from utils import UserError
 
-N = 1024  # images that are counted, beside which what does not grow with them is nothing
+N = 16384  # images that are counted, beside which what does not grow with them is nothing
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, under Linux
 
 
