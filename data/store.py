@@ -170,7 +170,7 @@ def pack(dataset: Dataset, root: str, where: str, num_workers: int | str) -> Dat
             f"--pack {str(folder)!r} cannot be written: {error.strerror}: name another folder"
         ) from None
     store = open_packed(folder, dataset.size)
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    is_first = utils.rank() == 0 or os.environ.get("LOCAL_RANK", "0") == "0"
     if is_first and store.source != checksum(dataset, root):
         raise UserError(
             f"the packed store {str(folder)!r} was made from other images than those that are "

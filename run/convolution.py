@@ -11,9 +11,9 @@ class SmallConv2d(nn.Conv2d):
     """A convolution that computes an output of a few pixels as one matrix product.
 
     It leaves out the kernel's taps that meet only padding: in a ResNet's last stage at 32 px they
-    are eight of nine. On a CPU the product takes a half to an eighth of the convolution's time; on
-    other devices only an output of one pixel is computed so. For one pixel of bf16 with stride 2,
-    torch 2.14 may leave the gradient of those taps uninitialised. The result is nn.Conv2d's.
+    are eight of nine. On a CPU the product is up to seven times as fast; on other devices only an
+    output of one pixel is computed so. For one pixel of bf16 with stride 2, torch 2.14 may leave
+    the gradient of those taps uninitialised. The result is nn.Conv2d's.
     """
 
     @classmethod
@@ -45,8 +45,8 @@ class SmallConv2d(nn.Conv2d):
         if h * w > 1:  # the patch of each output pixel
             down = [slice(i, i + (h - 1) * sh + 1, sh) for i in range(kh)]
             along = [slice(j, j + (w - 1) * sw + 1, sw) for j in range(kw)]
-            x = torch.cat([x[:, row, column] for row in down for column in along], dim=3)
-            x = x.flatten(0, 2)
+            patches = [x[:, row, column] for row in down for column in along]
+            x = torch.cat(patches, dim=3).flatten(0, 2)
         out = F.linear(x.flatten(1), taps.flatten(1), self.bias)
         return out.view(-1, h, w, self.out_channels).permute(0, 3, 1, 2)
 

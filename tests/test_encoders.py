@@ -126,6 +126,22 @@ def test_gradients_in_bfloat16_are_those_of_the_weights(k: int, s: int, groups: 
     torch.testing.assert_close(*gradients, rtol=0.05, atol=0.05 * float(gradients[1].abs().max()))
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    "size, k, s, p",
+    [((4, 2), (3, 1), (2, 1), (1, 0)), ((1, 3), (3, 3), (1, 2), (1, 0)), ((2, 5), 3, (2, 4), 1)],
+)
+def test_sides_are_not_mixed_up(size: tuple, k: int | tuple, s: tuple, p: int | tuple, groups: int):
+    ours = SmallConv2d(4, 6, k, s, p, groups=groups).double()
+    x = torch.randn(5, 4, *size, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), nn.Conv2d.forward(ours, x))
+
+
+def test_an_image_smaller_than_the_kernel_is_an_error():
+    with pytest.raises(RuntimeError, match="greater than actual input size"):
+        SmallConv2d(4, 6, 3)(torch.zeros(1, 4, 1, 1))
+
+
 def test_a_replacement_shares_the_parameters():
     plain = nn.Conv2d(4, 6, 3, 2, 1, groups=2, bias=True)
     ours = SmallConv2d.replacing(plain)

@@ -15,6 +15,7 @@ from scripts import free_ports
 
 from data import store
 from run import checkpoints
+from utils import UserError
 
 
 def torchrun(*flags: str) -> subprocess.Popen:
@@ -55,9 +56,13 @@ def test_the_first_process_finds_changed_images_for_all(
     files = open_square(data, resize=33, crop=33)
     store.pack(files, str(data), str(folder), 0)
     os.utime(files.paths[0], (0, 0))
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert len(store.pack(files, str(data), str(folder), 0)) == len(files)
-    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # alone it is the first, whatever is left from a job
+    with pytest.raises(UserError, match="made from other images"):
+        store.pack(files, str(data), str(folder), 0)
+    with monkeypatch.context() as second:
+        second.setenv("WORLD_SIZE", "2")
+        second.setenv("RANK", "1")
+        assert len(store.pack(files, str(data), str(folder), 0)) == len(files)
     places = launch_data | {"v1 shuffled": data}
     process = torchrun(*flags_of("v1 shuffled", places, tmp_path), f"--pack={folder}")
     _, err = process.communicate(timeout=120)
